@@ -1,0 +1,52 @@
+"""Reports that live as long as torch's compile cache: on a cache hit the joint pass does not run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx
+
+from convbn_compile import _torch
+from convbn_compile.lowering import uuid
+from convbn_compile.options import Options
+from convbn_compile.report import Report
+
+
+def key(gm: fx.GraphModule, inputs: Sequence[Tensor], options: Options) -> str:
+    """A name for what the report of a Dynamo graph depends on: its code, its inputs, grad mode and our options."""
+    facts = [uuid(options), gm.code, str(torch.is_grad_enabled())]
+    for item in inputs:
+        if isinstance(item, Tensor):
+            facts.append(f"{tuple(item.shape)} {item.dtype} {item.device.type} {item.requires_grad}")
+        else:
+            facts.append(type(item).__name__)
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()
+
+
+def store(name: str, report: Report) -> None:
+    """Write the report beside torch's compile cache; a disk that cannot be written to costs a log line only."""
+    file = _file(name)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        written = file.with_suffix(f".{os.getpid()}")
+        written.write_text(json.dumps(report.to_dict()))
+        written.replace(file)
+    except OSError:
+        return
+
+
+def load(name: str) -> Report | None:
+    """The report that `store` wrote, or None."""
+    try:
+        return Report.from_dict(json.loads(_file(name).read_text()))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _file(name: str) -> Path:
+    return Path(_torch.cache_dir()) / "convbn_compile" / f"{name}.json"

@@ -1,0 +1,284 @@
+"""Everything taken from private torch modules, so that a new torch breaks one file.
+
+Written for torch 2.11 to 2.15; each function says which private name it hides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch._dynamo.config
+import torch._functorch.config
+import torch._inductor.config
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import ShortenTraceback
+from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._guards import detect_fake_mode
+from torch._inductor import list_mode_options
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch._inductor.utils import fresh_inductor_cache
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.modules.batchnorm import _BatchNorm
+
+BatchNormModule = _BatchNorm
+"""The base class of nn.BatchNorm1d/2d/3d and nn.SyncBatchNorm."""
+
+CompiledFunction = Callable[..., Any]
+GraphPass = Callable[[fx.Graph], None]
+
+__all__ = [
+    "BatchNormModule",
+    "CompiledFunction",
+    "GraphPass",
+    "batch_norm_ops",
+    "cache_dir",
+    "compile_with_aot_eager",
+    "compile_with_inductor",
+    "default_decompositions",
+    "fresh_inductor_cache",
+    "get_hash_for_files",
+    "inductor_config",
+    "inductor_presets",
+    "inductor_type",
+    "is_compiled_in_place",
+    "is_joint",
+    "no_recompile_limit",
+    "not_compiled_in_place",
+    "num_forward_outputs",
+    "partition",
+    "trace",
+    "undo_compile",
+    "visible_through_dynamo",
+]
+
+
+# --- errors ------------------------------------------------------------------------------------------------------
+
+
+class _VisibleValueError(ShortenTraceback, ValueError):
+    """A ValueError that Dynamo hands to the user as it is, not inside a BackendCompilerFailed."""
+
+
+class _VisibleTypeError(ShortenTraceback, TypeError):
+    """A TypeError that Dynamo hands to the user as it is, not inside a BackendCompilerFailed."""
+
+
+def visible_through_dynamo(error: ValueError | TypeError) -> ValueError | TypeError:
+    """`error` as an exception of the same kind that reaches the user when it is raised inside a backend."""
+    kind = _VisibleTypeError if isinstance(error, TypeError) else _VisibleValueError
+    return kind(str(error), first_useful_frame=None)
+
+
+# --- configuration -----------------------------------------------------------------------------------------------
+
+
+def inductor_config() -> dict[str, Any]:
+    """Inductor's configuration: key to current value."""
+    return dict(torch._inductor.config.get_config_copy())
+
+
+def inductor_type(key: str) -> Any:
+    """The declared type of one of Inductor's configuration keys."""
+    return torch._inductor.config.get_type(key)  # type: ignore[attr-defined]
+
+
+def inductor_presets() -> dict[str, dict[str, Any]]:
+    """Inductor's presets, as torch.compile(mode=...) knows them: name to configuration."""
+    return dict(list_mode_options())
+
+
+@contextlib.contextmanager
+def no_recompile_limit() -> Iterator[None]:
+    """Dynamo compiles anew however often one function was compiled before."""
+    config = torch._dynamo.config
+    with config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20):
+        yield
+
+
+# --- decompositions ----------------------------------------------------------------------------------------------
+
+
+def default_decompositions() -> dict[Any, Callable[..., Any]]:
+    """Inductor's own decomposition table."""
+    return select_decomp_table()
+
+
+@lru_cache(maxsize=1)
+def batch_norm_ops() -> frozenset[Any]:
+    """The operators, forward and backward, that Inductor's table would decompose and the joint pass wants whole."""
+    return frozenset(op for op in default_decompositions() if "batch_norm" in str(op))
+
+
+def _whole_batch_norm() -> dict[Any, Callable[..., Any]]:
+    """Inductor's table without its batch-norm entries."""
+    return {op: rule for op, rule in default_decompositions().items() if op not in batch_norm_ops()}
+
+
+def trace(function: Callable[..., Any], *values: Any) -> fx.GraphModule:
+    """The aten graph of `function` on fake tensors, decomposed as Inductor would.
+
+    Args:
+        function: takes and returns tensors (or None) only.
+        values: fake tensors of one fake mode.
+    """
+    fake_mode = detect_fake_mode(values)
+    assert fake_mode is not None, "trace() needs fake tensors"
+    with torch.no_grad(), torch._C._DisableAutocast(), fake_mode:
+        return make_fx(function, default_decompositions(), tracing_mode="real")(*values)
+
+
+# --- partitioning ------------------------------------------------------------------------------------------------
+
+
+def partition(joint: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Forward and backward graph of a joint graph, by the min-cut partitioner that Inductor uses."""
+    forward, backward = min_cut_rematerialization_partition(joint, inputs, compiler="inductor", **kwargs)
+    return forward, backward
+
+
+def is_joint(graph: fx.Graph) -> bool:
+    """True if the graph has a backward part."""
+    return any(node.name.startswith("tangents_") for node in graph.find_nodes(op="placeholder"))
+
+
+def num_forward_outputs(joint: fx.Graph) -> int:
+    """How many outputs of a joint graph belong to its forward part (the rest are gradients)."""
+    output = next(node for node in reversed(joint.nodes) if node.op == "output")
+    kinds = [type(desc).__name__ for desc in output.meta["desc"]]
+    gradients = [index for index, kind in enumerate(kinds) if kind in ("GradAOTOutput", "NoneType")]
+    return gradients[0] if gradients else len(kinds)
+
+
+# --- lowering ----------------------------------------------------------------------------------------------------
+
+
+class _CachedPass(CustomGraphPass):
+    """Passes over the joint graph in order, with one identity for the compile caches."""
+
+    def __init__(self, passes: Sequence[GraphPass], uuid: Any) -> None:
+        self.passes = passes
+        self._uuid = uuid
+
+    def __call__(self, graph: fx.Graph) -> None:
+        module = graph.owning_module
+        for graph_pass in self.passes:
+            graph_pass(module.graph if module is not None else graph)
+
+    def uuid(self) -> Any:
+        return self._uuid
+
+
+def _chain(ours: GraphPass, uuid: str, theirs: Any) -> _CachedPass:
+    """Our pass, then whatever passes the user had configured; not cacheable unless all of theirs are."""
+    others = () if theirs is None else tuple(theirs) if isinstance(theirs, (list, tuple)) else (theirs,)
+    uuids = [other.uuid() if isinstance(other, CustomGraphPass) else None for other in others]
+    return _CachedPass((ours, *others), None if None in uuids else (uuid, *uuids))
+
+
+def _compile_with_default_table(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+    """Inductor's inner compiler with its own table back: ours cannot be pickled and would bypass the FX-graph cache."""
+    if "get_decomp_fn" in kwargs:
+        kwargs["get_decomp_fn"] = select_decomp_table
+    return compile_fx_inner(gm, inputs, **kwargs)
+
+
+def compile_with_inductor(
+    gm: fx.GraphModule,
+    inputs: Sequence[Tensor],
+    *,
+    joint_pass: GraphPass | None,
+    uuid: str,
+    config: Mapping[str, Any],
+    memory_budget: float,
+) -> CompiledFunction:
+    """Compile a Dynamo graph with Inductor, `joint_pass` run first on the joint (or inference) graph.
+
+    Hides: compile_fx, config.joint_custom_pre_pass, functorch's activation_memory_budget.
+    """
+    patches = dict(config)
+    if joint_pass is None:
+        arguments: dict[str, Any] = {}
+    else:
+        key = "joint_custom_pre_pass"
+        patches[key] = _chain(joint_pass, uuid, patches.get(key, getattr(torch._inductor.config, key)))
+        arguments = {"decompositions": _whole_batch_norm(), "inner_compile": _compile_with_default_table}
+    with _budget(memory_budget):
+        compiled: Any = compile_fx(gm, inputs, config_patches=patches, **arguments)
+    return compiled  # type: ignore[no-any-return]
+
+
+def compile_with_aot_eager(
+    gm: fx.GraphModule,
+    inputs: Sequence[Tensor],
+    *,
+    partition_joint: Callable[..., tuple[fx.GraphModule, fx.GraphModule]],
+    inference_pass: GraphPass | None,
+    memory_budget: float,
+) -> CompiledFunction:
+    """Compile a Dynamo graph with AOTAutograd and run its graphs as they are, without code generation.
+
+    Hides: torch._dynamo.backends.common.aot_autograd.
+    """
+
+    def inference(graph_module: fx.GraphModule, _: Sequence[Any]) -> CompiledFunction:
+        if inference_pass is not None:
+            inference_pass(graph_module.graph)
+        return _as_is(graph_module)
+
+    backend = aot_autograd(
+        fw_compiler=lambda graph_module, _: _as_is(graph_module),
+        inference_compiler=inference,
+        partition_fn=partition_joint,
+        decompositions=_whole_batch_norm(),
+        keep_inference_input_mutations=True,
+    )
+    with _budget(memory_budget):
+        compiled: CompiledFunction = backend(gm, inputs)
+    return compiled
+
+
+def _as_is(graph_module: fx.GraphModule) -> CompiledFunction:
+    boxed: CompiledFunction = make_boxed_func(graph_module.forward)
+    return boxed
+
+
+@contextlib.contextmanager
+def _budget(memory_budget: float) -> Iterator[None]:
+    """AOTAutograd's activation memory budget, for one compile; 1.0 leaves what the user configured."""
+    if memory_budget == 1.0:
+        yield
+        return
+    with torch._functorch.config.patch(activation_memory_budget=memory_budget):
+        yield
+
+
+def is_compiled_in_place(module: nn.Module) -> bool:
+    """True after nn.Module.compile(). Hides: nn.Module._compiled_call_impl."""
+    return module._compiled_call_impl is not None
+
+
+@contextlib.contextmanager
+def not_compiled_in_place(module: nn.Module) -> Iterator[None]:
+    """No part of the module is compiled in place inside."""
+    compiled = [(part, part._compiled_call_impl) for part in module.modules() if is_compiled_in_place(part)]
+    try:
+        for part, _ in compiled:
+            part._compiled_call_impl = None
+        yield
+    finally:
+        for part, call in compiled:
+            part._compiled_call_impl = call
+
+
+def undo_compile(module: nn.Module) -> None:
+    """Take nn.Module.compile() back."""
+    module._compiled_call_impl = None

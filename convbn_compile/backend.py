@@ -1,0 +1,83 @@
+"""The torch.compile backend "convbn_tune": options in, compiled function out, the facts told. No algebra."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+from convbn_compile import _cached_report, _torch
+from convbn_compile.lowering import lower
+from convbn_compile.options import Mode, Options
+from convbn_compile.report import Report
+
+logger = logging.getLogger("convbn_compile")
+
+
+def convbn_tune(
+    gm: fx.GraphModule,
+    inputs: Sequence[Tensor],
+    *,
+    mode: str | Mode | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> _torch.CompiledFunction:
+    """Compile one graph of Dynamo's; called by torch.compile(model, backend="convbn_tune"), not by users.
+
+    Args:
+        gm: the graph that Dynamo captured.
+        inputs: its inputs, parameters and buffers included.
+        mode: train, eval, tune (default) or deploy, in any case, or one of Inductor's presets, which means tune.
+        options: mode, lowering, memory_budget, merge_branches, and Inductor configuration keys.
+
+    Returns:
+        A function that computes what the graph computes.
+
+    Raises:
+        ValueError: an unknown mode, option or value; deploy with a gradient asked for.
+        TypeError: a value of the wrong type.
+
+    Examples:
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).eval()
+        >>> net = torch.compile(net, backend="convbn_tune", options={"lowering": "aot_eager"})
+        >>> net(torch.zeros(1, 3, 8, 8)).shape
+        torch.Size([1, 4, 6, 6])
+    """
+    try:
+        parsed = Options.parse(mode, options)
+    except (ValueError, TypeError) as error:
+        raise _torch.visible_through_dynamo(error) from None
+    name = _cached_report.key(gm, inputs, parsed)
+    reports: list[Report] = []
+    compiled = lower(gm, inputs, parsed, reports.append, measure=logger.isEnabledFor(logging.INFO))
+    if parsed.mode.folds:
+        if reports:
+            _cached_report.store(name, Report.sum(reports))
+        _tell(Report.sum(reports) if reports else _cached_report.load(name), parsed)
+    return compiled
+
+
+def _tell(report: Report | None, options: Options) -> None:
+    """One INFO line per compiled graph; one warning if nothing is folded although there is batch norm."""
+    if report is None:
+        logger.info("%s: from the compile cache; convbn_compile.explain(model, *inputs) reports", options.mode.value)
+        return
+    logger.info("%s: %s", options.mode.value, report.summary())
+    if options.mode is Mode.TUNE and report.norms and not report.folded:
+        warnings.warn(_nothing_folded(report), stacklevel=2)
+
+
+def _nothing_folded(report: Report) -> str:
+    first, *_ = report.refused
+    advice = (
+        "Freeze it before compiling: convbn_compile.turn_on(model), or convbn_compile.freeze_batch_norm(model)."
+        if "batch statistics" in first.reason
+        else "convbn_compile.explain(model, *inputs) lists every one."
+    )
+    return (
+        f"convbn_tune folded none of the {report.norms} batch norms of this graph; it trains as with plain Inductor. "
+        f"{first.module}: {first.reason}. {advice}"
+    )

@@ -1,0 +1,17 @@
+"""What a fold would cost: the one place that decides against a rewrite that would be right."""
+
+from __future__ import annotations
+
+from convbn_compile.identities.batch_norm_of_convolution import Match
+
+
+def objection(found: Match) -> str | None:
+    """Why this fold does not pay, or None.
+
+    Identity (4) makes the gradient of gamma from the gradient of the convolution's weight. Where nothing else
+    needs that one, because the weight is frozen, folding would add a weight-gradient convolution to save one output.
+    """
+    needs = found.needs
+    if needs.gamma and not needs.weight:
+        return "the convolution's weight is frozen but the batch norm's is trained: folding would add a convolution"
+    return None

@@ -1,0 +1,11 @@
+"""The identities, one file each; s is a per-output-channel scale, g a grad_output, w (*) x a convolution.
+
+    (1) scale_of_output            s . (w (*) x) = (s . w) (*) x
+    (2) scale_in_grad_input        grad_input(s . g, w) = grad_input(g, s . w)
+    (3) scale_in_grad_weight       grad_weight(s . g, x) = s . grad_weight(g, x)
+    (4) inner_product_with_output  <g, w (*) x>_c = <grad_weight(g, x), w>_c          for each output channel c
+
+and the theorem that puts them together and is what the joint pass rewrites:
+
+    batch_norm_of_convolution      BN(w (*) x + b) = (s . w) (*) x + b',  with all its gradients
+"""

@@ -1,0 +1,159 @@
+"""Mode and Options: what a user may ask for, parsed and checked."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from convbn_compile import _torch
+
+
+class Mode(str, Enum):
+    """What the backend does with a graph; which statistics a batch norm uses is decided by the model alone."""
+
+    TRAIN = "train"
+    EVAL = "eval"
+    TUNE = "tune"
+    DEPLOY = "deploy"
+
+    @property
+    def folds(self) -> bool:
+        """True if convolution-norm pairs are folded."""
+        return self in (Mode.TUNE, Mode.DEPLOY)
+
+    @classmethod
+    def parse(cls, mode: str | Mode) -> Mode:
+        """A mode from its name, in any case."""
+        if not isinstance(mode, str):
+            raise TypeError(f"mode must be a string, one of {_names(cls)}; got {mode!r} ({type(mode).__name__}).")
+        try:
+            return cls(mode.lower())
+        except ValueError:
+            raise ValueError(f"Unknown mode {mode!r}. {_nearest(mode, [item.value for item in cls])}") from None
+
+
+class Lowering(str, Enum):
+    """What runs the graphs."""
+
+    INDUCTOR = "inductor"
+    AOT_EAGER = "aot_eager"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of one torch.compile call.
+
+    Attributes:
+        mode: what to do with the graph.
+        lowering: "inductor", or "aot_eager" for the same joint pass and partitioner without code generation.
+        memory_budget: AOTAutograd's activation_memory_budget for this compile, in (0, 1].
+        merge_branches: merge parallel convolutions of one input.
+        inductor: configuration handed on to Inductor.
+    """
+
+    mode: Mode = Mode.TUNE
+    lowering: Lowering = Lowering.INDUCTOR
+    memory_budget: float = 1.0
+    merge_branches: bool = True
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, mode: str | Mode | None = None, options: Mapping[str, Any] | None = None) -> Options:
+        """From the `mode` and `options` of torch.compile.
+
+        Args:
+            mode: train, eval, tune or deploy, in any case, or one of Inductor's presets, which means tune.
+            options: keys of ours, and Inductor configuration keys.
+
+        Raises:
+            ValueError: an unknown mode, key or value; the message names the nearest known one.
+            TypeError: a value of the wrong type.
+        """
+        if options is not None and not isinstance(options, Mapping):
+            raise TypeError(f"options must be a dict, got {options!r} ({type(options).__name__}).")
+        given = dict(options or {})
+        preset: dict[str, Any] = {}
+        if mode is not None:
+            if "mode" in given:
+                raise ValueError(f"mode is given twice: mode={mode!r} and options['mode']={given['mode']!r}.")
+            presets = _torch.inductor_presets()
+            if mode in presets:
+                preset = presets[mode]
+            else:
+                given["mode"] = _parse_mode_or_preset(mode, presets)
+        ours = {key: check(given.pop(key)) for key, check in _CHECKS.items() if key in given}
+        return cls(**ours, inductor={**preset, **_inductor_options(given)})
+
+
+def _parse_mode_or_preset(mode: Any, presets: Iterable[str]) -> Mode:
+    if isinstance(mode, str) and mode.lower() not in _values(Mode):
+        raise ValueError(f"Unknown mode {mode!r}. {_nearest(mode, [*_values(Mode), *presets])}")
+    return Mode.parse(mode)
+
+
+def _check_lowering(name: Any) -> Lowering:
+    if not isinstance(name, str):
+        raise TypeError(f"lowering must be a string, one of {_names(Lowering)}; got {name!r} ({type(name).__name__}).")
+    if name not in _values(Lowering):
+        raise ValueError(f"Unknown lowering {name!r}. {_nearest(name, _values(Lowering))}")
+    return Lowering(name)
+
+
+def _check_memory_budget(budget: Any) -> float:
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+        raise TypeError(f"memory_budget must be a number in (0, 1], got {budget!r} ({type(budget).__name__}).")
+    if not 0 < budget <= 1:
+        raise ValueError(
+            f"memory_budget must be in (0, 1], got {budget!r}. Less than 1 saves less and recomputes more."
+        )
+    return float(budget)
+
+
+def _check_merge_branches(merge: Any) -> bool:
+    if not isinstance(merge, bool):
+        raise TypeError(f"merge_branches must be True or False, got {merge!r} ({type(merge).__name__}).")
+    return merge
+
+
+_CHECKS: Mapping[str, typing.Callable[[Any], Any]] = {
+    "mode": Mode.parse,
+    "lowering": _check_lowering,
+    "memory_budget": _check_memory_budget,
+    "merge_branches": _check_merge_branches,
+}
+
+
+def _inductor_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that are not ours, checked as torch.compile(backend="inductor") checks them."""
+    known = _torch.inductor_config()
+    checked: dict[str, Any] = {}
+    for key, value in given.items():
+        name = key.replace("-", "_") if isinstance(key, str) else key
+        if name not in known:
+            what = "is neither an option of convbn_tune nor an Inductor configuration key"
+            raise ValueError(f"Unknown option: {key!r} {what}. {_nearest(str(key), [*_CHECKS, *known])}")
+        kind = _torch.inductor_type(name)
+        if typing.get_origin(kind) is None and not isinstance(value, kind):
+            raise TypeError(f"Option {key!r} must be of type {kind.__name__}, got {value!r} ({type(value).__name__}).")
+        checked[name] = value
+    return checked
+
+
+def _values(kind: type[Enum]) -> list[str]:
+    return [item.value for item in kind]
+
+
+def _names(kind: type[Enum]) -> str:
+    return ", ".join(repr(name) for name in _values(kind))
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """A hint: the nearest known name, or all if they are few."""
+    known = list(known)
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)
+    hint = f"Did you mean {close[0]!r}?" if close else ""
+    return f"{hint} Known: {', '.join(map(repr, known))}." if len(known) < 12 else hint

@@ -1,0 +1,40 @@
+"""How many bytes a joint graph saves for backward, without running it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from convbn_compile import _torch
+from convbn_compile._splice import copy_graph
+from convbn_compile.joint_pass import decompose_batch_norms
+
+
+def saved_bytes(joint: Graph) -> int:
+    """Bytes of the tensors that the partitioned graph saves; views count once, parameters, buffers and inputs not."""
+    module = joint.owning_module
+    assert module is not None, "saved_bytes needs a graph that a module owns"
+    copied = GraphModule(module, copy_graph(joint))
+    decompose_batch_norms(copied.graph)
+    outputs = _torch.num_forward_outputs(joint)
+    forward, _ = _torch.partition(copied, (), num_fwd_outputs=outputs)
+    given = {_storage(node) for node in forward.graph.find_nodes(op="placeholder")}
+    saved = {_storage(node): node for node in _output_nodes(forward.graph)[outputs:]}
+    return sum(_num_bytes(node) for storage, node in saved.items() if storage not in given)
+
+
+def _output_nodes(graph: Graph) -> list[Node]:
+    outputs = graph.output_node().args[0]
+    assert isinstance(outputs, (list, tuple))
+    return [node for node in outputs if isinstance(node, Node)]
+
+
+def _storage(node: Node) -> int:
+    """What tells one storage from another; a number that is saved, such as a dynamic size, has its own."""
+    value = node.meta["val"]
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else id(node)
+
+
+def _num_bytes(node: Node) -> int:
+    value = node.meta["val"]
+    return int(value.untyped_storage().nbytes()) if isinstance(value, Tensor) else 0
