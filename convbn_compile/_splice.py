@@ -9,7 +9,7 @@ from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from convbn_compile import _torch
-from convbn_compile._aten import convert_element_type, value
+from convbn_compile._aten import aten, convert_element_type, value
 
 _OF_THE_VALUE = ("val", "tensor_meta", "original_aten", "eager_input_vals", "from_node")
 
@@ -93,3 +93,13 @@ def copy_graph(graph: Graph) -> Graph:
     for node in graph.nodes:
         placed[node] = copied.node_copy(node, placed.__getitem__)
     return copied
+
+
+def cancel_inverse_views(graph: Graph) -> None:
+    """unsqueeze(squeeze(a)) = a where the shapes agree: what stands between an unbatched convolution and a norm."""
+    for node in graph.find_nodes(op="call_function", target=aten.unsqueeze.default):
+        squeezed = node.args[0]
+        if squeezed.target in (aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default):
+            source = squeezed.args[0]
+            if value(source).shape == value(node).shape:
+                node.replace_all_uses_with(source)

@@ -25,7 +25,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.runtime.cache_dir_utils import cache_dir
-from torch._inductor.utils import fresh_inductor_cache
+from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -44,13 +44,14 @@ __all__ = [
     "compile_with_aot_eager",
     "compile_with_inductor",
     "default_decompositions",
-    "fresh_inductor_cache",
     "get_hash_for_files",
     "inductor_config",
     "inductor_presets",
     "inductor_type",
     "is_compiled_in_place",
     "is_joint",
+    "is_view",
+    "mutated_inputs",
     "no_recompile_limit",
     "not_compiled_in_place",
     "num_forward_outputs",
@@ -148,6 +149,19 @@ def partition(joint: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> tu
 def is_joint(graph: fx.Graph) -> bool:
     """True if the graph has a backward part."""
     return any(node.name.startswith("tangents_") for node in graph.find_nodes(op="placeholder"))
+
+
+def is_view(node: fx.Node) -> bool:
+    """True if the node's output shares its input's memory."""
+    return isinstance(node.target, OpOverload) and node.target.is_view
+
+
+def mutated_inputs(joint: fx.Graph) -> list[fx.Node]:
+    """The inputs that the forward part writes to, in the graph (copy_) or after it (as an extra output)."""
+    written = {node.args[0] for node in joint.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)}
+    descs = joint.output_node().meta.get("desc") or []
+    after = [desc.mutated_input for desc in descs if type(desc).__name__ == "InputMutationAOTOutput"]
+    return [node for node in joint.find_nodes(op="placeholder") if node in written or node.meta.get("desc") in after]
 
 
 def num_forward_outputs(joint: fx.Graph) -> int:

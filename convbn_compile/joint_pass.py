@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 from torch.fx import Graph, Node
+from torch.utils.checkpoint import CheckpointPolicy
 
 from convbn_compile import _torch, cost
 from convbn_compile._aten import BatchNorm, batch_norms
-from convbn_compile._splice import copy_graph, splice
+from convbn_compile._splice import cancel_inverse_views, copy_graph, splice
 from convbn_compile.identities import batch_norm_of_convolution
 from convbn_compile.report import NoMatch, Refusal, Report, Rewrite
 
@@ -31,18 +32,23 @@ def run(graph: Graph, *, folds: bool = True) -> Report:
         rewritten = copy_graph(graph)
         report = fold(rewritten) if folds else Report()
         decompose_batch_norms(rewritten)
+        if folds:
+            save_reads_of_mutated_inputs(rewritten)
         rewritten.lint()
     except Exception as error:  # noqa: BLE001  a user's training never dies of our optimisation
         _warn_of(error)
+        report = _refuse_all(graph, f"the pass failed: {type(error).__name__}: {error}")
         decompose_batch_norms(graph)
         module.recompile()
-        return Report(refused=tuple(Refusal(path(norm.node), "the pass failed") for norm in batch_norms(graph)))
+        return report
     module.graph = rewritten
     return report
 
 
 def fold(graph: Graph) -> Report:
     """Fold every batch norm that can be folded; lint-free, with whole batch norms where not."""
+    cancel_inverse_views(graph)
+    graph.eliminate_dead_code()
     rewrites: list[Rewrite] = []
     refused: list[Refusal] = []
     for norm in batch_norms(graph):
@@ -85,6 +91,21 @@ def path(node: Node) -> str:
     return "batch_norm at {}:{}".format(*lines[-1]) if lines else node.name
 
 
+def save_reads_of_mutated_inputs(graph: Graph) -> None:
+    """Keep the partitioner from reading, in backward, an input that forward has written to since.
+
+    Recomputing such a read gives gradients of the wrong values (torch <= 2.13: pytorch#197039); weights and statistics
+    that are changed in forward would be read so by the fold.
+    """
+    readers = [user for node in _torch.mutated_inputs(graph) for user in node.users]
+    while readers:
+        reader = readers.pop()
+        if _torch.is_view(reader):
+            readers += reader.users
+        elif reader.op == "call_function":
+            reader.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
+
+
 def _decompose(node: Node, rule: Callable[..., Any]) -> None:
     """Replace one multi-output node by what `rule` computes."""
     nodes = [argument for argument in node.args if isinstance(argument, Node)]
@@ -98,6 +119,11 @@ def _decompose(node: Node, rule: Callable[..., Any]) -> None:
         output = outputs[getitem.args[1]]  # type: ignore[index]
         if output is not None:
             getitem.replace_all_uses_with(output)
+
+
+def _refuse_all(graph: Graph, reason: str) -> Report:
+    whole = [node for node in graph.nodes if node.target in _torch.batch_norm_ops()]
+    return Report(refused=tuple(Refusal(path(node), reason) for node in whole if "backward" not in str(node.target)))
 
 
 def _warn_of(error: Exception) -> None:

@@ -89,27 +89,35 @@ def before(
 
 
 def fold(
-    weight: Tensor, gamma: Tensor | None, var: Tensor, *, eps: float, conv: ConvParams, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """s . w in the convolution's dtype; s and invstd in the wide one, [C_out]."""
-    wide = _wide(weight, gamma, var)
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    *,
+    eps: float,
+    conv: ConvParams,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """s . w in the convolution's dtype; s, invstd and b - mean in the wide one, [C_out]: all that backward reads."""
+    wide = _wide(weight, gamma, mean, var)
     invstd = torch.rsqrt(var.to(wide) + eps)
     scale = invstd if gamma is None else gamma.to(wide) * invstd
-    return scale_output_channels(weight.to(wide), scale, conv).to(dtype), scale, invstd
+    offset = -mean.to(wide) if bias is None else bias.to(wide) - mean.to(wide)
+    return scale_output_channels(weight.to(wide), scale, conv).to(dtype), scale, invstd, offset
 
 
 def forward(
     input: Tensor,
     folded_weight: Tensor,
-    bias: Tensor | None,
     beta: Tensor | None,
-    mean: Tensor,
     scale: Tensor,
+    offset: Tensor,
     *,
     conv: ConvParams,
 ) -> Tensor:
     """(s . w) (*) x + b'."""
-    shift = _bias_less_mean(bias, mean, scale.dtype) * scale
+    shift = offset * scale
     shift = shift if beta is None else shift + beta.to(scale.dtype)
     return conv.forward(input, folded_weight, shift.to(folded_weight.dtype))
 
@@ -119,10 +127,9 @@ def backward(
     input: Tensor,
     weight: Tensor,
     folded_weight: Tensor,
-    bias: Tensor | None,
-    mean: Tensor,
     scale: Tensor,
     invstd: Tensor,
+    offset: Tensor,
     *,
     conv: ConvParams,
     needs: Needs,
@@ -148,7 +155,7 @@ def backward(
     if needs.gamma:
         assert grad_folded_weight is not None and grad_shift is not None
         inner = sum_over_output_channel(grad_folded_weight.to(wide) * weight.to(wide), conv)
-        grad_gamma = (inner + grad_shift * _bias_less_mean(bias, mean, wide)) * invstd
+        grad_gamma = (inner + grad_shift * offset) * invstd
     return grad_input, grad_weight, grad_bias, grad_gamma, grad_shift if needs.beta else None
 
 
@@ -158,11 +165,6 @@ def _wide(*tensors: Tensor | None) -> torch.dtype:
     for tensor in tensors:
         dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
     return dtype
-
-
-def _bias_less_mean(bias: Tensor | None, mean: Tensor, wide: torch.dtype) -> Tensor:
-    """B - mean."""
-    return -mean.to(wide) if bias is None else bias.to(wide) - mean.to(wide)
 
 
 # --- where it applies ----------------------------------------------------------------------------------------------
@@ -274,10 +276,12 @@ def rewrite(found: Match) -> None:
     weight = before_cast(conv.weight)
     bias = None if conv.bias is None else before_cast(conv.bias)
     assert norm.output is not None and norm.running_mean is not None
-    folded_weight, scale, invstd = splice(
+    folded_weight, scale, invstd, offset = splice(
         partial(fold, eps=norm.eps, conv=conv.params, dtype=value(conv.weight).dtype),
         weight,
+        bias,
         norm.weight,
+        norm.running_mean,
         norm.running_var,
         before=norm.node,
         recompute=True,
@@ -286,17 +290,16 @@ def rewrite(found: Match) -> None:
         partial(forward, conv=conv.params),
         conv.input,
         folded_weight,
-        bias,
         norm.bias,
-        norm.running_mean,
         scale,
+        offset,
         before=norm.node,
     )
     assert output is not None
     replace(norm.output, output)
     if found.norm_backward is not None:
         read_by_backward = folded_weight if found.needs.input else conv.weight
-        _rewrite_backward(found, (weight, read_by_backward, bias, norm.running_mean, scale, invstd))
+        _rewrite_backward(found, (weight, read_by_backward, scale, invstd, offset))
 
 
 def _rewrite_backward(found: Match, tensors: tuple[Node | None, ...]) -> None:

@@ -1,0 +1,177 @@
+"""What the tests share: batch norms that are never default, every gradient, captured joint graphs, saved bytes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from convbn_compile import _torch
+from convbn_compile.options import Options
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Give every batch norm statistics and affine parameters that no default hides, and freeze it in eval mode."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                if module.running_mean is not None:
+                    module.running_mean.normal_()
+                    module.running_var.uniform_(0.5, 2)
+                if module.weight is not None:
+                    module.weight.uniform_(0.5, 1.5).mul_(torch.randn_like(module.weight).sign())
+                if module.bias is not None:
+                    module.bias.normal_()
+    return model.eval()
+
+
+def compiled(model: Any, mode: str = "tune", lowering: str = "aot_eager", **options: Any) -> Callable[..., Any]:
+    """The model through the backend, by default without code generation."""
+    return torch.compile(model, backend="convbn_tune", options={"mode": mode, "lowering": lowering, **options})
+
+
+def run(function: Callable[..., Any], model: nn.Module | None, *inputs: Tensor) -> dict[str, Tensor | None]:
+    """Output and every gradient, of parameters and inputs, for one random cotangent."""
+    parameters = dict(model.named_parameters()) if model is not None else {}
+    leaves = {**parameters, **{f"input {i}": value for i, value in enumerate(inputs)}}
+    for leaf in leaves.values():
+        leaf.grad = None
+    output = function(*inputs)
+    if output.requires_grad:
+        cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        (output.double() * cotangent).sum().backward()
+    return {"output": output.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+
+
+def relative_errors(found: dict[str, Tensor | None], wanted: dict[str, Tensor | None]) -> dict[str, float]:
+    """Largest absolute difference over the largest absolute value, for each tensor; None must meet None."""
+    errors = {}
+    for name, want in wanted.items():
+        got = found[name]
+        assert (got is None) == (want is None), f"{name}: {got} but eager {want}"
+        if want is not None and got is not None:
+            assert got.shape == want.shape, name
+            assert got.dtype == want.dtype, name
+            scale = want.abs().max().item() if want.numel() else 0.0
+            difference = (got - want).abs().max().item() if want.numel() else 0.0
+            errors[name] = difference / scale if scale else difference
+    return errors
+
+
+def assert_as_eager(
+    model: nn.Module,
+    *inputs: Tensor,
+    folded: int | None = None,
+    output: float = 1e-10,
+    gradients: float = 1e-8,
+    **options: Any,
+) -> None:
+    """Outputs and every gradient as eager's, and so many pairs folded."""
+    wanted = run(model, model, *inputs)
+    with counted() as counts:
+        found = run(compiled(model, **options), model, *inputs)
+    errors = relative_errors(found, wanted)
+    assert errors.pop("output") <= output
+    bad = {name: error for name, error in errors.items() if not error <= gradients}
+    assert not bad
+    if folded is not None:
+        assert counts.folded == folded
+
+
+@dataclass
+class Counts:
+    """What the joint pass did while one looked."""
+
+    folded: int = 0
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    graphs: int = 0
+
+    @property
+    def reasons(self) -> list[str]:
+        return [reason for _, reason in self.refused]
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Counts]:
+    """Count what the joint pass folds and refuses inside."""
+    from convbn_compile import joint_pass
+
+    counts, original = Counts(), joint_pass.run
+
+    def counting(graph: fx.Graph, **kwargs: Any) -> Any:
+        report = original(graph, **kwargs)
+        counts.graphs += 1
+        counts.folded += report.folded
+        counts.refused += [(refusal.module, refusal.reason) for refusal in report.refused]
+        return report
+
+    joint_pass.run = counting
+    try:
+        yield counts
+    finally:
+        joint_pass.run = original
+
+
+def joint_graph(model: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
+    """The joint (or inference) graph that the joint pass would see, captured, with its batch norms whole."""
+    captured: list[fx.GraphModule] = []
+
+    def partition(joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+        captured.append(copied(joint))
+        return _torch.partition(joint, joint_inputs, **kwargs)
+
+    def inference(graph: fx.Graph) -> None:
+        captured.append(copied(graph.owning_module))
+
+    def backend(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        return _torch.compile_with_aot_eager(
+            gm, example_inputs, partition_joint=partition, inference_pass=inference, memory_budget=1.0
+        )
+
+    torch.compile(model, backend=backend)(*inputs)
+    assert len(captured) == 1, f"{len(captured)} graphs"
+    return captured[0]
+
+
+def copied(module: fx.GraphModule) -> fx.GraphModule:
+    from convbn_compile._splice import copy_graph
+
+    return fx.GraphModule(module, copy_graph(module.graph))
+
+
+def operators(graph: fx.Graph) -> dict[str, int]:
+    """How many calls of each operator."""
+    counts: dict[str, int] = {}
+    for node in graph.nodes:
+        if node.op == "call_function":
+            counts[str(node.target)] = counts.get(str(node.target), 0) + 1
+    return counts
+
+
+def saved_bytes(function: Callable[..., Any], model: nn.Module, *inputs: Tensor) -> int:
+    """Bytes saved for backward, measured; each storage once, parameters, buffers and inputs not counted."""
+    given = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), *inputs)}
+    saved: dict[int, int] = {}
+    kept = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            saved[storage.data_ptr()] = storage.nbytes()
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = function(*inputs)
+    del output
+    return sum(saved.values())
+
+
+def options(**given: Any) -> Options:
+    """Parsed options."""
+    return Options.parse(options=given)
