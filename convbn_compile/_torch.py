@@ -17,6 +17,7 @@ import torch._inductor.config
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.external_utils import wrap_inline
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import detect_fake_mode
@@ -41,6 +42,7 @@ __all__ = [
     "GraphPass",
     "batch_norm_ops",
     "cache_dir",
+    "compile_in_place",
     "compile_with_aot_eager",
     "compile_with_inductor",
     "default_decompositions",
@@ -198,11 +200,26 @@ def _chain(ours: GraphPass, uuid: str, theirs: Any) -> _CachedPass:
     return _CachedPass((ours, *others), None if None in uuids else (uuid, *uuids))
 
 
-def _compile_with_default_table(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
-    """Inductor's inner compiler with its own table back: ours cannot be pickled and would bypass the FX-graph cache."""
+def _inner_compile(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+    """Inductor's inner compiler with its own table back: ours does not pickle, which bypasses the FX-graph cache."""
     if "get_decomp_fn" in kwargs:
         kwargs["get_decomp_fn"] = select_decomp_table
+    _save_inputs_as_they_are(gm.graph)
     return compile_fx_inner(gm, inputs, **kwargs)
+
+
+def _save_inputs_as_they_are(forward: fx.Graph) -> None:
+    """Keep the layout of inputs that are saved for backward, weights above all.
+
+    Inductor would turn those that convolutions read into channels_last, and save the copies (torch 2.13, graph.py,
+    nodes_prefer_channels_last), unless they are outputs that the user sees.
+    """
+    output = forward.output_node()
+    outputs = output.args[0]
+    visible = output.meta.get("user_visible_output_idxs")
+    if isinstance(outputs, (list, tuple)) and visible is not None:
+        inputs = [index for index, node in enumerate(outputs) if isinstance(node, fx.Node) and node.op == "placeholder"]
+        output.meta["user_visible_output_idxs"] = sorted({*visible, *inputs})
 
 
 def compile_with_inductor(
@@ -224,7 +241,7 @@ def compile_with_inductor(
     else:
         key = "joint_custom_pre_pass"
         patches[key] = _chain(joint_pass, uuid, patches.get(key, getattr(torch._inductor.config, key)))
-        arguments = {"decompositions": _whole_batch_norm(), "inner_compile": _compile_with_default_table}
+        arguments = {"decompositions": _whole_batch_norm(), "inner_compile": _inner_compile}
     with _budget(memory_budget):
         compiled: Any = compile_fx(gm, inputs, config_patches=patches, **arguments)
     return compiled  # type: ignore[no-any-return]
@@ -275,6 +292,17 @@ def _budget(memory_budget: float) -> Iterator[None]:
         yield
 
 
+def compile_in_place(module: nn.Module, **kwargs: Any) -> None:
+    """nn.Module.compile(), also where that silently does nothing: for modules of torch.nn itself, as nn.Sequential.
+
+    Dynamo skips frames of torch.nn's own code unless they are inlined into another; torch.compile(module) inlines
+    them by the same wrap_inline (torch 2.13, eval_frame.py).
+    """
+    module.compile(**kwargs)
+    if type(module).forward.__module__.startswith("torch.nn."):
+        module._compiled_call_impl = torch.compile(wrap_inline(module._call_impl), **kwargs)
+
+
 def is_compiled_in_place(module: nn.Module) -> bool:
     """True after nn.Module.compile(). Hides: nn.Module._compiled_call_impl."""
     return module._compiled_call_impl is not None
@@ -286,7 +314,7 @@ def not_compiled_in_place(module: nn.Module) -> Iterator[None]:
     compiled = [(part, part._compiled_call_impl) for part in module.modules() if is_compiled_in_place(part)]
     try:
         for part, _ in compiled:
-            part._compiled_call_impl = None
+            undo_compile(part)
         yield
     finally:
         for part, call in compiled:
@@ -295,4 +323,4 @@ def not_compiled_in_place(module: nn.Module) -> Iterator[None]:
 
 def undo_compile(module: nn.Module) -> None:
     """Take nn.Module.compile() back."""
-    module._compiled_call_impl = None
+    module.__dict__.pop("_compiled_call_impl", None)

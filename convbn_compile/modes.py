@@ -51,7 +51,7 @@ def turn_on(model: Model, mode: str = "tune", *, skip: Collection[str] = (), **o
         raise ValueError(_no_batch_norm("turn_on", model))
     if parsed.mode is not Mode.TRAIN:
         _freeze(model, skip, by_turn_on=True)
-    model.compile(backend="convbn_tune", options={**options, "mode": parsed.mode.value})
+    _torch.compile_in_place(model, backend="convbn_tune", options={**options, "mode": parsed.mode.value})
     return model
 
 

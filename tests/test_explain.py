@@ -1,0 +1,105 @@
+"""explain and Report: every norm is named, with a reason where it is left alone; the model is left as it was."""
+
+import copy
+import json
+import logging
+
+import pytest
+import torch
+from support import compiled, randomise
+from test_backend import Net, double, output_read_elsewhere, pair
+from torch import nn
+
+import convbn_compile as cb
+
+
+def mixed():
+    """A folded norm, one after a ReLU, one on batch statistics."""
+    model = randomise(nn.Sequential(pair(), nn.ReLU(), nn.BatchNorm2d(8), pair(nn.Conv2d(8, 8, 1))).double())
+    model[3][1].train()
+    return model
+
+
+def test_every_norm_has_a_line():
+    report = cb.explain(mixed(), double(2, 4, 8, 8))
+    assert report.folded == 1
+    assert report.merged == 0
+    assert report.refused == (
+        cb.Refusal("2", "its input comes from aten.relu, not from a convolution"),
+        cb.Refusal("3.1", "it runs on batch statistics (training mode)"),
+    )
+    lines = str(report).splitlines()
+    assert [line.split()[0] for line in lines[2:5]] == ["0.1", "2", "3.1"]
+    assert report.saved_bytes_after <= report.saved_bytes_before
+
+
+def test_to_dict_is_json_and_back():
+    report = cb.explain(mixed(), double(2, 4, 8, 8))
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["folded"] == 1
+    assert data["refused"][0] == {"module": "2", "reason": "its input comes from aten.relu, not from a convolution"}
+    assert cb.Report.from_dict(data) == report
+
+
+def test_the_model_is_left_as_it_was():
+    model = mixed()
+    before = copy.deepcopy(model)
+    random = torch.get_rng_state()
+    cb.explain(model, double(2, 4, 8, 8, requires_grad=False))
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), before.buffers(), strict=True))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert [module.training for module in model.modules()] == [module.training for module in before.modules()]
+    torch.set_rng_state(random)
+    double(2, 4, 8, 8, requires_grad=False)
+    assert torch.equal(torch.get_rng_state(), torch.get_rng_state())
+
+
+def test_a_model_that_is_on_can_be_explained_and_stays_on():
+    model = cb.turn_on(pair(), lowering="aot_eager")
+    assert cb.explain(model, double(2, 4, 8, 8)).folded == 1
+    with pytest.raises(ValueError, match="already compiled"):
+        cb.turn_on(model)
+
+
+def test_often_and_without_grad_and_by_keyword():
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = pair()
+
+        def forward(self, *, images):
+            return self.block(images)
+
+    model = Keyword()
+    for size in range(1, 13):  # more often than Dynamo's recompile limit
+        assert cb.explain(model, images=double(size, 4, 8, 8)).folded == 1
+    with torch.no_grad():
+        report = cb.explain(model, images=double(2, 4, 8, 8))
+    assert (report.folded, report.saved_bytes_before) == (1, None)
+
+
+def test_graph_breaks_are_summed():
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = pair(), pair(nn.Conv2d(8, 8, 3))
+
+        def forward(self, x):
+            x = self.first(x)
+            torch._dynamo.graph_break()
+            return self.second(x)
+
+    report = cb.explain(Broken(), double(2, 4, 9, 9))
+    assert [item.module for item in report.rewrites] == ["first.1", "second.1"]
+
+
+@pytest.mark.parametrize("lowering", ["aot_eager", "inductor"])
+def test_one_info_line_per_graph_with_the_same_facts(lowering, caplog):
+    model, x = randomise(Net(output_read_elsewhere).double()), double(2, 4, 6, 6)
+    report = cb.explain(model, x)
+    with caplog.at_level(logging.INFO, "convbn_compile"), pytest.warns(UserWarning, match="folded none"):
+        compiled(model, lowering=lowering)(x)
+    lines = [record.getMessage() for record in caplog.records if record.name == "convbn_compile"]
+    assert lines == [f"tune: {report.summary()}"]
+    assert "1 left alone: the convolution's output is read by" in lines[0]
+    assert "saved for backward" in lines[0]

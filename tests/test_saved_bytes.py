@@ -1,0 +1,141 @@
+"""Bytes saved for backward: those of the fused network, never above plain Inductor's, the folded weight never."""
+
+import pytest
+import torch
+import torchvision
+from support import compiled, counted, options, randomise, saved_bytes
+from tabulate import tabulate
+from test_backend import pair
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+import convbn_compile
+
+MIB = 2**20
+
+# Goals in MiB: torchvision model, input, what is saved at most.
+GOALS = [
+    ("resnet18", (4, 3, 128, 128), 9.7),
+    ("resnet50", (4, 3, 224, 224), 140.5),
+    ("efficientnet_b0", (4, 3, 128, 128), 64.5),
+]
+
+
+def model(name):
+    return randomise(getattr(torchvision.models, name)(weights=None))
+
+
+def fused(net):
+    """The network with every convolution-norm pair of neighbours fused by torch.nn.utils.fusion, and trainable."""
+    for parent in net.modules():
+        last = None
+        for name, module in parent.named_children():
+            if isinstance(module, nn.BatchNorm2d) and last is not None:
+                last_name, convolution = last
+                setattr(parent, last_name, fuse_conv_bn_eval(convolution, module))
+                setattr(parent, name, nn.Identity())
+            last = (name, module) if isinstance(module, nn.Conv2d) else None
+    return net.requires_grad_()
+
+
+def blocks(channels, **settings):
+    """Three conv, norm, ReLU."""
+    layers = [[nn.Conv2d(channels, channels, 3, **settings), nn.BatchNorm2d(channels), nn.ReLU()] for _ in range(3)]
+    return nn.Sequential(*(layer for block in layers for layer in block))
+
+
+def measured(net, x, **settings):
+    torch._dynamo.reset()
+    return saved_bytes(compiled(net, **settings), net, x)
+
+
+@pytest.mark.parametrize(("name", "shape", "goal"), GOALS, ids=[name for name, *_ in GOALS])
+def test_saved_bytes_are_those_of_the_fused_network(name, shape, goal, capsys):
+    net, x = model(name), torch.randn(shape)
+    row = {
+        "eager Eval": saved_bytes(net, net, x),
+        "Inductor Eval": measured(net, x, mode="eval"),
+        "Tune": measured(net, x),
+    }
+    network = fused(net)
+    row["fused network"] = measured(network, x, mode="eval")
+    with capsys.disabled():
+        print("\n" + tabulate([[name, *(f"{n / MIB:.2f}" for n in row.values())]], headers=["saved, MiB", *row]))
+    assert row["Tune"] <= goal * MIB
+    assert row["Tune"] <= row["fused network"] * 1.001
+    assert row["Tune"] <= row["Inductor Eval"]
+
+
+NETS = ["densenet121", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "shufflenet_v2_x0_5"]
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_never_above_plain_inductor(name):
+    report = convbn_compile.explain(model(name), torch.randn(2, 3, 64, 64))
+    assert report.folded
+    assert report.saved_bytes_after <= report.saved_bytes_before
+
+
+@pytest.mark.filterwarnings("ignore:convbn_tune folded none")
+@pytest.mark.parametrize("trained", ["conv", "norm", "input", "gamma of the last", "everything"])
+def test_never_above_plain_inductor_when_partly_frozen(trained):
+    net = nn.Sequential(*(pair(nn.Conv2d(8, 8, 3, padding=1)) for _ in range(3)), nn.ReLU()).requires_grad_(False)
+    x = torch.randn(2, 8, 16, 16, dtype=torch.float64)
+    if trained == "input":
+        x.requires_grad_()
+    for block in net[:3]:
+        block[0].requires_grad_(trained in ("conv", "everything"))
+        block[1].requires_grad_(trained in ("norm", "everything"))
+    if trained == "gamma of the last":
+        net[2][1].weight.requires_grad_()
+    assert measured(net, x) <= measured(net, x, mode="eval")
+
+
+def test_never_above_plain_inductor_where_weights_are_larger_than_activations():
+    net = randomise(
+        nn.Sequential(*(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64)) for _ in range(3)))
+    )
+    x = torch.randn(1, 64, 2, 2)
+    assert measured(net, x) <= measured(net, x, mode="eval")
+    assert measured(net, x) < 64 * 64 * 9 * 4  # less than one folded weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_saves_no_more_than_plain_inductor(dtype):
+    net = randomise(
+        nn.Sequential(*(nn.Sequential(nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU()) for _ in range(3)))
+    )
+    x = torch.randn(2, 16, 12, 12)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        assert measured(net, x) < measured(net, x, mode="eval")
+
+
+def test_explain_counts_what_is_measured():
+    net, x = model("resnet18"), torch.randn(2, 3, 64, 64)
+    report = convbn_compile.explain(net, x)
+    assert report.saved_bytes_before == measured(net, x, mode="eval")
+    assert report.saved_bytes_after == measured(net, x)
+
+
+def test_inductor_saves_what_aot_eager_does():
+    """Plain Inductor saves weights and inputs a second time, in channels_last; a fold of ours does not."""
+    net = randomise(blocks(8, padding=1))
+    x = torch.randn(2, 8, 16, 16)
+    assert measured(net, x, lowering="inductor") == measured(net, x)
+    assert measured(net, x, lowering="inductor") < measured(net, x, lowering="inductor", mode="eval")
+
+
+def test_memory_budget_is_of_this_compile_only():
+    net, x = model("resnet18"), torch.randn(2, 3, 64, 64)
+    full, half = measured(net, x), measured(net, x, memory_budget=0.5)
+    assert half <= 0.6 * full
+    assert measured(net, x) == full
+    assert options(memory_budget=0.5).memory_budget == 0.5
+
+
+def test_memory_budget_changes_no_number():
+    net, x = model("resnet18").double(), torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with counted() as counts:
+        wanted, found = net(x), compiled(net, memory_budget=0.5)(x)
+    assert counts.folded == 20
+    torch.testing.assert_close(found, wanted)
