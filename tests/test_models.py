@@ -1,0 +1,59 @@
+"""Whole networks in float64: output and every gradient as eager's."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from support import assert_as_eager, compiled, randomise, relative_errors, run
+from torch import nn
+
+
+class Hardsigmoid(nn.Module):
+    def forward(self, x):
+        return F.relu6(x + 3) / 6
+
+
+class Hardswish(nn.Module):
+    def forward(self, x):
+        return x * F.relu6(x + 3) / 6
+
+
+def mobilenet_v3_small(*, written_out=True):
+    """With its activations written out: eager's kernels for their gradients take a float32 1/6 in float64 too."""
+    model = torchvision.models.mobilenet_v3_small(weights=None)
+    for parent in list(model.modules()) if written_out else ():
+        for name, module in parent.named_children():
+            if isinstance(module, (nn.Hardswish, nn.Hardsigmoid)):
+                setattr(parent, name, Hardswish() if isinstance(module, nn.Hardswish) else Hardsigmoid())
+    return model
+
+
+MODELS = {
+    "resnet18": (lambda: torchvision.models.resnet18(weights=None), (2, 3, 64, 64), 20),
+    "mobilenet_v3_small": (mobilenet_v3_small, (2, 3, 64, 64), 34),
+    "regnetx_002": (lambda: timm.create_model("regnetx_002"), (2, 3, 64, 64), 44),
+    "r3d_18": (lambda: torchvision.models.video.r3d_18(weights=None), (1, 3, 4, 32, 32), 20),
+}
+
+
+@pytest.mark.parametrize(("name", "lowering"), [*((name, "aot_eager") for name in MODELS), ("resnet18", "inductor")])
+def test_output_and_every_gradient(name, lowering):
+    make, shape, folded = MODELS[name]
+    model = randomise(make().double())
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    assert_as_eager(model, x, folded=folded, lowering=lowering, output=1e-10, gradients=1e-8)
+
+
+def test_mobilenet_v3_as_it_is_against_the_same_lowering_without_folds():
+    model = randomise(mobilenet_v3_small(written_out=False).double())
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64, requires_grad=True)
+    errors = relative_errors(run(compiled(model), model, x), run(compiled(model, mode="eval"), model, x))
+    assert max(errors.values()) <= 1e-10
+
+
+def test_eager_takes_a_float32_sixth():
+    """The reason for writing the activations out: fails when torch mends it, and then they need not be any more."""
+    x = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    F.hardsigmoid(x).backward()
+    assert 1e-9 < abs(x.grad.item() * 6 - 1) < 1e-7
