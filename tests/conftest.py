@@ -1,16 +1,12 @@
 """The strict world of the tests: fresh Dynamo, no cached graphs, seeded, torchvision importable next to a CPU torch."""
 
-import importlib.util
-
 import pytest
 import torch
 import torch._functorch.config
 import torch._inductor.config
+from saved_bytes import declare_torchvision_operators
 
-if importlib.util.find_spec("torchvision") is not None and not hasattr(torch.ops.torchvision, "nms"):
-    _LIBRARY = torch.library.Library("torchvision", "DEF")  # its wheel from the index is built for CUDA
-    _LIBRARY.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _LIBRARY.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+declare_torchvision_operators()
 
 
 @pytest.fixture(autouse=True)

@@ -153,25 +153,6 @@ def operators(graph: fx.Graph) -> dict[str, int]:
     return counts
 
 
-def saved_bytes(function: Callable[..., Any], model: nn.Module, *inputs: Tensor) -> int:
-    """Bytes saved for backward, measured; each storage once, parameters, buffers and inputs not counted."""
-    given = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), *inputs)}
-    saved: dict[int, int] = {}
-    kept = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in given:
-            saved[storage.data_ptr()] = storage.nbytes()
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = function(*inputs)
-    del output
-    return sum(saved.values())
-
-
 def options(**given: Any) -> Options:
     """Parsed options."""
     return Options.parse(options=given)
