@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from convbn_compile import _torch, cost
 from convbn_compile._aten import BatchNorm, batch_norms
 from convbn_compile._splice import cancel_inverse_views, copy_graph, splice
-from convbn_compile.identities import batch_norm_of_convolution
+from convbn_compile.identities import batch_norm_of_convolution, mask_of_clamp
 from convbn_compile.report import NoMatch, Refusal, Report, Rewrite
 
 
@@ -57,6 +57,10 @@ def fold(graph: Graph) -> Report:
             rewrites.append(Rewrite(path(norm.node)))
         else:
             refused.append(Refusal(path(norm.node), reason))
+    for node in graph.nodes:
+        found = mask_of_clamp.match(node)
+        if found is not None:
+            mask_of_clamp.rewrite(found)
     graph.eliminate_dead_code()
     return Report(tuple(rewrites), tuple(refused))
 

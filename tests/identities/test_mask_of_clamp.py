@@ -1,0 +1,95 @@
+"""The statement of mask_of_clamp, bit for bit; its matches on joint graphs; near-misses; what it saves."""
+
+import pytest
+import torch
+from saved_bytes import saved_for_backward
+from support import assert_as_eager, compiled, joint_graph, operators, randomise
+from test_backend import double
+from torch import nn
+
+from convbn_compile import joint_pass
+from convbn_compile.identities import mask_of_clamp as identity
+
+SPECIAL = torch.tensor([0.0, -0.0, 6.0, -1.0, 7.0, float("nan"), float("inf"), -float("inf"), 1e-45, 6.0000005])
+BOUNDS = [(0.0, 6.0), (-1.0, 1.0), (0, 1), (-float("inf"), 0.0), (-2.5, float("inf"))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("lower", "upper"), BOUNDS)
+def test_statement(lower, upper, dtype):
+    x = torch.cat([SPECIAL, torch.randn(1000) * 4]).to(dtype)
+    assert torch.equal(identity.after(x, lower, upper), identity.before(x, lower, upper))
+
+
+def test_mutant_fails(monkeypatch):
+    """With strict comparisons the bounds themselves would pass."""
+    strict = lambda z, lower, upper: (z < lower) | (z > upper)  # noqa: E731
+    x = torch.cat([SPECIAL, torch.randn(1000) * 4])
+    assert not torch.equal(strict(x.clamp(0, 6), 0, 6), identity.before(x, 0, 6))
+
+
+def net(activation):
+    layers = [[nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), activation] for _ in range(3)]
+    return randomise(nn.Sequential(*(layer for block in layers for layer in block)).double())
+
+
+def comparisons_of(graph):
+    return [node.args[0] for node in graph.nodes if str(node.target) in ("aten.le.Scalar", "aten.ge.Scalar")]
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU6(), nn.ReLU6(inplace=True), nn.Hardtanh(-1, 2)], ids=str)
+def test_the_mask_reads_the_output(activation):
+    module = joint_graph(net(activation), double(2, 4, 8, 8))
+    before = operators(module.graph)
+    joint_pass.run(module.graph)
+    assert len(comparisons_of(module.graph)) == 6
+    assert all("clamp_max" in str(node.target) for node in comparisons_of(module.graph))
+    assert operators(module.graph)["aten.le.Scalar"] == before["aten.le.Scalar"]
+    assert_as_eager(net(activation), double(2, 4, 8, 8))
+
+
+def test_what_is_saved():
+    """Two of the three outputs, which convolutions read; of the last, which none does, a mask of bytes."""
+    model, x = net(nn.ReLU6()), double(2, 4, 8, 8)
+    elements = 2 * 4 * 8 * 8
+    assert saved_for_backward(compiled(model), model, x) == 2 * elements * 8 + elements
+
+
+class Compared(nn.Module):
+    """A user's own comparison and clamp of one tensor."""
+
+    def __init__(self, lower, upper, *, first):
+        super().__init__()
+        self.lower, self.upper, self.first = lower, upper, first
+
+    def forward(self, x):
+        x = x * 2
+        if self.first:
+            mask = x <= 0.0
+            return x.clamp(self.lower, self.upper) + mask
+        return x.clamp(self.lower, self.upper) + (x <= 0.0)
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper", "first", "applies"),
+    [(0.0, 6.0, False, True), (0.0, 6.0, True, False), (1.0, 6.0, False, False), (0.0, None, False, False)],
+    ids=["applies", "comparison before the clamp", "another bound", "one bound"],
+)
+def test_near_misses(lower, upper, first, applies):
+    model, x = Compared(lower, upper, first=first), double(2, 4)
+    module = joint_graph(model, x)
+    joint_pass.run(module.graph)
+    users = [node for node in comparisons_of(module.graph) if "clamp" in str(node.target)]
+    assert bool(users) == applies
+    torch.testing.assert_close(compiled(model)(x), model(x), rtol=0, atol=0)
+
+
+def test_bounds_that_cross_are_left_alone():
+    """clamp(x, 2, 1) is 1 everywhere: the output tells nothing of the input."""
+
+    def crossing(x):
+        return x.clamp(2.0, 1.0) + (x <= 2.0) + (x >= 1.0)
+
+    module = joint_graph(crossing, double(2, 4))
+    joint_pass.run(module.graph)
+    assert not any("clamp" in str(node.target) for node in comparisons_of(module.graph))

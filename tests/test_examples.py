@@ -1,0 +1,38 @@
+"""The examples run as they stand, shortened by their own arguments."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name, *arguments):
+    """What an example prints."""
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / name, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", sorted(file.name for file in EXAMPLES.glob("*.py")))
+def test_help(name):
+    assert "usage" in run(name, "--help")
+
+
+def test_saved_bytes(tmp_path):
+    printed = run("saved_bytes.py", "resnet18", "--shape", 1, 3, 64, 64, "--json", tmp_path / "saved.json")
+    assert "Tune" in printed
+    row = json.loads((tmp_path / "saved.json").read_text())["bytes"]["resnet18"]
+    assert row["Tune"] == row["fused network"] < row["Inductor Eval"]
+
+
+def test_finetune(tmp_path):
+    arguments = ["--steps", 3, "--lowering", "aot_eager", "--train-images", 200, "--test-images", 100]
+    printed = run("finetune.py", *arguments, "--out", tmp_path)
+    assert "Tune" in printed
+    assert {file.suffix for file in tmp_path.iterdir()} == {".png", ".json"}
