@@ -19,13 +19,19 @@ from convbn_compile.report import Report
 
 def key(gm: fx.GraphModule, inputs: Sequence[Tensor], options: Options) -> str:
     """A name for what the report of a Dynamo graph depends on: its code, its inputs, grad mode and our options."""
-    facts = [uuid(options), gm.code, str(torch.is_grad_enabled())]
+    facts = [uuid(options), gm.code, str(torch.is_grad_enabled()), *_autocast()]
     for item in inputs:
         if isinstance(item, Tensor):
             facts.append(f"{tuple(item.shape)} {item.dtype} {item.device.type} {item.requires_grad}")
         else:
             facts.append(type(item).__name__)
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()
+
+
+def _autocast() -> list[str]:
+    """Which autocast is on where the model is called: the graph's own code does not show it."""
+    kinds = ("cpu", "cuda")
+    return [f"{kind} {torch.get_autocast_dtype(kind)}" for kind in kinds if torch.is_autocast_enabled(kind)]
 
 
 def store(name: str, report: Report) -> None:
