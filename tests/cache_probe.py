@@ -10,33 +10,39 @@ from support import randomise
 from torch import nn
 from torch._dynamo.utils import counters
 
-options = json.loads(sys.argv[1])
-train = options.pop("train", False)
 
-lines = []
-handler = logging.Handler()
-handler.emit = lambda record: lines.append(record.getMessage())
-logging.getLogger("convbn_compile").addHandler(handler)
-logging.getLogger("convbn_compile").setLevel(logging.INFO)
+def main():
+    options = json.loads(sys.argv[1])
+    train = options.pop("train", False)
 
-torch.manual_seed(0)
-model = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4))).train(train)
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    compiled = torch.compile(model, backend="convbn_tune", options=options)
-    compiled(torch.randn(2, 3, 8, 8)).sum().backward()
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("convbn_compile").addHandler(handler)
+    logging.getLogger("convbn_compile").setLevel(logging.INFO)
 
-print(
-    json.dumps(
-        {
-            "autograd hits": counters["aot_autograd"]["autograd_cache_hit"],
-            "autograd misses": counters["aot_autograd"]["autograd_cache_miss"],
-            "autograd bypasses": counters["aot_autograd"]["autograd_cache_bypass"],
-            "graph hits": counters["inductor"]["fxgraph_cache_hit"],
-            "graph misses": counters["inductor"]["fxgraph_cache_miss"],
-            "graph bypasses": counters["inductor"]["fxgraph_cache_bypass"],
-            "lines": lines,
-            "warnings": [str(warning.message) for warning in caught if "convbn" in str(warning.message)],
-        }
+    torch.manual_seed(0)
+    model = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4))).train(train)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        compiled = torch.compile(model, backend="convbn_tune", options=options)
+        compiled(torch.randn(2, 3, 8, 8)).sum().backward()
+
+    print(
+        json.dumps(
+            {
+                "autograd hits": counters["aot_autograd"]["autograd_cache_hit"],
+                "autograd misses": counters["aot_autograd"]["autograd_cache_miss"],
+                "autograd bypasses": counters["aot_autograd"]["autograd_cache_bypass"],
+                "graph hits": counters["inductor"]["fxgraph_cache_hit"],
+                "graph misses": counters["inductor"]["fxgraph_cache_miss"],
+                "graph bypasses": counters["inductor"]["fxgraph_cache_bypass"],
+                "lines": lines,
+                "warnings": [str(warning.message) for warning in caught if "convbn" in str(warning.message)],
+            }
+        )
     )
-)
+
+
+if __name__ == "__main__":
+    main()
