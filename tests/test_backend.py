@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from support import assert_as_eager, compiled, counted, randomise, relative_errors, run
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -473,3 +474,55 @@ def test_deploy_sees_new_weights():
             assert (deployed(x) - model(x)).abs().max() <= 1e-12
             model[0].weight.add_(1)
             model[1].running_var.mul_(3)
+
+
+# --- other machinery of torch around a pair ------------------------------------------------------------------------
+
+
+def checkpointed(net, x):
+    return net.other(net.conv(checkpoint(lambda t: net.norm(net.conv(t)), x, use_reentrant=False)))
+
+
+def norm_alone_checkpointed(net, x):
+    return checkpoint(net.norm, net.conv(x), use_reentrant=False)
+
+
+def in_a_branch(net, x):
+    return torch.cond(x.sum() > 0, lambda t: net.norm(net.conv(t)), lambda t: net.other(net.conv(t)), (x,))
+
+
+def weight_halved_in_forward(net, x):
+    with torch.no_grad():
+        net.conv.weight.mul_(0.5)
+    return net.norm(net.conv(x))
+
+
+def hooked_output(net, x):
+    y = net.conv(x)
+    y.register_hook(lambda grad: 2 * grad)
+    return net.norm(y)
+
+
+@pytest.mark.parametrize("lowering", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "function", [checkpointed, norm_alone_checkpointed, in_a_branch, weight_halved_in_forward, hooked_output]
+)
+@pytest.mark.filterwarnings("ignore:convbn_tune folded none", "ignore::UserWarning:torch")
+def test_around_a_pair(function, lowering):
+    model, x = randomise(Net(function).double()), double(2, 4, 6, 6)
+    other = copy.deepcopy(model)
+    errors = relative_errors(run(compiled(model, lowering=lowering), model, x), run(other, other, x))
+    assert max(errors.values()) <= 1e-8
+
+
+@pytest.mark.parametrize("lowering", ["aot_eager", "inductor"])
+def test_dropout_is_the_same_in_forward_and_backward(lowering):
+    """Tagging the fold for recomputation must not make the partitioner draw random numbers again."""
+    model = nn.Sequential(pair(), nn.Dropout(0.3), pair(nn.Conv2d(8, 8, 3)), nn.Dropout(0.5))
+    model[1].train(), model[3].train()
+    x, results = double(2, 4, 9, 9), []
+    for mode in ("tune", "eval"):
+        torch.manual_seed(3)
+        results.append(run(compiled(model, mode=mode, lowering=lowering), model, x))
+        torch._dynamo.reset()
+    assert max(relative_errors(*results).values()) <= 1e-12
