@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from support import assert_as_eager, compiled, counted, randomise, relative_errors, run
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 from torch.utils.checkpoint import checkpoint
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -409,6 +410,16 @@ def test_channels_last_weights_stay_channels_last():
     assert_as_eager(model, x, folded=1)
     wanted, found = model(x), compiled(model)(x)
     assert found.stride() == wanted.stride()
+
+
+def test_depthwise_weights_keep_their_layout_through_inductor():
+    """Inductor may give an axis of one entry any stride, but oneDNN reads the layout there."""
+    model = pair(nn.Conv2d(8, 8, 3, groups=8)).to(memory_format=torch.channels_last)
+    x = double(2, 8, 6, 6).detach().to(memory_format=torch.channels_last).requires_grad_()
+    _, codes = run_and_get_code(lambda: compiled(model, lowering="inductor")(x).sum().backward())
+    allocated = [line for code in codes for line in code.splitlines() if "empty_strided_cpu((8, 1, 3, 3)" in line]
+    assert allocated
+    assert all("(9, 1, 3, 1)" in line for line in allocated)
 
 
 # --- training mode -----------------------------------------------------------------------------------------------

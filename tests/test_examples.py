@@ -1,6 +1,7 @@
 """The examples run as they stand, shortened by their own arguments."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,11 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def run(name, *arguments):
     """What an example prints."""
     done = subprocess.run(
-        [sys.executable, EXAMPLES / name, *map(str, arguments)], capture_output=True, text=True, check=False
+        [sys.executable, EXAMPLES / name, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # beside another process more threads wait for each other
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -104,7 +104,10 @@ def fold(
     invstd = torch.rsqrt(var.to(wide) + eps)
     scale = invstd if gamma is None else gamma.to(wide) * invstd
     offset = -mean.to(wide) if bias is None else bias.to(wide) - mean.to(wide)
-    return scale_output_channels(weight.to(wide), scale, conv).to(dtype), scale, invstd, offset
+    folded_weight = scale_output_channels(weight.to(wide), scale, conv).to(dtype)
+    if weight.shape[1] == 1:  # any stride is right for that axis, but convolutions read the layout from it
+        folded_weight = folded_weight.as_strided(folded_weight.shape, folded_weight.stride())
+    return folded_weight, scale, invstd, offset
 
 
 def forward(
