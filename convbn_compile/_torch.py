@@ -58,6 +58,7 @@ __all__ = [
     "not_compiled_in_place",
     "num_forward_outputs",
     "partition",
+    "size_hint",
     "trace",
     "undo_compile",
     "visible_through_dynamo",
@@ -151,6 +152,14 @@ def partition(joint: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> tu
 def is_joint(graph: fx.Graph) -> bool:
     """True if the graph has a backward part."""
     return any(node.name.startswith("tangents_") for node in graph.find_nodes(op="placeholder"))
+
+
+def size_hint(size: int | torch.SymInt) -> int:
+    """A size as a number, without a guard on it if it is dynamic: looking must not specialise the graph."""
+    if isinstance(size, torch.SymInt):
+        hint = size.node.hint
+        return 0 if hint is None else int(hint)
+    return size
 
 
 def is_view(node: fx.Node) -> bool:

@@ -50,19 +50,19 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Report:
         return lower(gm, example_inputs, options, reports.append, measure=True)
 
     with _unchanged(model), _torch.no_recompile_limit():
-        torch.compile(model, backend=backend, dynamic=False)(*inputs, **kwargs)
+        torch.compile(model, backend=backend)(*inputs, **kwargs)
     return Report.sum(reports)
 
 
 @contextlib.contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Run the model uncompiled inside, and undo what a forward pass does to its buffers and to the random state."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
     with torch.random.fork_rng(), _torch.not_compiled_in_place(model):
         try:
             yield
         finally:
             with torch.no_grad():
-                for buffer, kept in buffers:
-                    if not torch.equal(buffer, kept):
+                for buffer, version, kept in buffers:
+                    if buffer._version != version:
                         buffer.copy_(kept)

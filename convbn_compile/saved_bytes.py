@@ -37,4 +37,4 @@ def _storage(node: Node) -> int:
 
 def _num_bytes(node: Node) -> int:
     value = node.meta["val"]
-    return int(value.untyped_storage().nbytes()) if isinstance(value, Tensor) else 0
+    return _torch.size_hint(value.untyped_storage().nbytes()) if isinstance(value, Tensor) else 0

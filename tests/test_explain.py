@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from support import compiled, randomise
+from support import compiled, counted, randomise
 from test_backend import Net, double, output_read_elsewhere, pair
 from torch import nn
 
@@ -103,3 +103,16 @@ def test_one_info_line_per_graph_with_the_same_facts(lowering, caplog):
     assert lines == [f"tune: {report.summary()}"]
     assert "1 left alone: the convolution's output is read by" in lines[0]
     assert "saved for backward" in lines[0]
+
+
+@pytest.mark.parametrize("info", [False, True])
+def test_counting_bytes_does_not_specialise_dynamic_shapes(info, caplog):
+    model, x = pair(), double(4, 4, 8, 8)
+    torch._dynamo.mark_dynamic(x, 0)
+    caplog.set_level(logging.INFO if info else logging.WARNING, "convbn_compile")
+    tuned = torch.compile(model, backend="convbn_tune", options={"lowering": "aot_eager"})
+    with counted() as counts:
+        tuned(x)
+        tuned(double(7, 4, 8, 8))
+    assert counts.graphs == 1
+    assert cb.explain(model, x).saved_bytes_before > 0
