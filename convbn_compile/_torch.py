@@ -29,6 +29,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 BatchNormModule = _BatchNorm
 """The base class of nn.BatchNorm1d/2d/3d and nn.SyncBatchNorm."""
@@ -37,6 +38,7 @@ CompiledFunction = Callable[..., Any]
 GraphPass = Callable[[fx.Graph], None]
 
 __all__ = [
+    "USERS_PASS",
     "BatchNormModule",
     "CompiledFunction",
     "GraphPass",
@@ -59,6 +61,7 @@ __all__ = [
     "num_forward_outputs",
     "partition",
     "size_hint",
+    "tensors_in",
     "trace",
     "undo_compile",
     "visible_through_dynamo",
@@ -154,6 +157,11 @@ def is_joint(graph: fx.Graph) -> bool:
     return any(node.name.startswith("tangents_") for node in graph.find_nodes(op="placeholder"))
 
 
+def tensors_in(values: Any) -> list[Tensor]:
+    """The tensors in nested tuples, lists, dicts and dataclasses that torch knows."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
 def size_hint(size: int | torch.SymInt) -> int:
     """A size as a number, without a guard on it if it is dynamic: looking must not specialise the graph."""
     if isinstance(size, torch.SymInt):
@@ -202,8 +210,13 @@ class _CachedPass(CustomGraphPass):
         return self._uuid
 
 
-def _chain(ours: GraphPass, uuid: str, theirs: Any) -> _CachedPass:
+USERS_PASS = "joint_custom_pre_pass"
+"""Inductor's configuration key for passes over the joint graph."""
+
+
+def _chain(ours: GraphPass, uuid: str, config: Mapping[str, Any]) -> _CachedPass:
     """Our pass, then whatever passes the user had configured; not cacheable unless all of theirs are."""
+    theirs = config.get(USERS_PASS, getattr(torch._inductor.config, USERS_PASS))
     others = () if theirs is None else tuple(theirs) if isinstance(theirs, (list, tuple)) else (theirs,)
     uuids = [other.uuid() if isinstance(other, CustomGraphPass) else None for other in others]
     return _CachedPass((ours, *others), None if None in uuids else (uuid, *uuids))
@@ -248,8 +261,7 @@ def compile_with_inductor(
     if joint_pass is None:
         arguments: dict[str, Any] = {}
     else:
-        key = "joint_custom_pre_pass"
-        patches[key] = _chain(joint_pass, uuid, patches.get(key, getattr(torch._inductor.config, key)))
+        patches[USERS_PASS] = _chain(joint_pass, uuid, config)
         arguments = {"decompositions": _whole_batch_norm(), "inner_compile": _inner_compile}
     with _budget(memory_budget):
         compiled: Any = compile_fx(gm, inputs, config_patches=patches, **arguments)
@@ -260,19 +272,23 @@ def compile_with_aot_eager(
     gm: fx.GraphModule,
     inputs: Sequence[Tensor],
     *,
-    partition_joint: Callable[..., tuple[fx.GraphModule, fx.GraphModule]],
-    inference_pass: GraphPass | None,
+    joint_pass: GraphPass,
+    config: Mapping[str, Any],
     memory_budget: float,
 ) -> CompiledFunction:
     """Compile a Dynamo graph with AOTAutograd and run its graphs as they are, without code generation.
 
-    Hides: torch._dynamo.backends.common.aot_autograd.
+    Of `config`, Inductor's, only the user's own joint pass has an effect. Hides: aot_autograd.
     """
+    passes = _chain(joint_pass, "", config)
 
     def inference(graph_module: fx.GraphModule, _: Sequence[Any]) -> CompiledFunction:
-        if inference_pass is not None:
-            inference_pass(graph_module.graph)
+        passes(graph_module.graph)
         return _as_is(graph_module)
+
+    def partition_joint(joint: fx.GraphModule, joint_inputs: Sequence[Any], **kwargs: Any) -> Any:
+        passes(joint.graph)
+        return partition(joint, joint_inputs, **kwargs)
 
     backend = aot_autograd(
         fw_compiler=lambda graph_module, _: _as_is(graph_module),

@@ -18,8 +18,8 @@ from convbn_compile.report import Report
 def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Report:
     """What mode="tune" folds in a model and what not, why, and the bytes saved for backward before and after.
 
-    Runs the forward pass once, eagerly, under the grad mode of the caller; the compile caches are not used. Buffers
-    and the random state are put back, gradients are not touched.
+    Runs the forward pass once, eagerly, under the grad mode of the caller; the compile caches are not used. Inputs,
+    parameters, buffers and the random state are put back, gradients are not touched.
 
     Args:
         model: the module; its training flags decide which batch norms run on batch statistics.
@@ -49,20 +49,39 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Report:
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Tensor]) -> _torch.CompiledFunction:
         return lower(gm, example_inputs, options, reports.append, measure=True)
 
-    with _unchanged(model), _torch.no_recompile_limit():
+    with _unchanged(model, (inputs, kwargs)), _torch.no_recompile_limit():
         torch.compile(model, backend=backend)(*inputs, **kwargs)
     return Report.sum(reports)
 
 
 @contextlib.contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Run the model uncompiled inside, and undo what a forward pass does to its buffers and to the random state."""
-    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+def _unchanged(model: nn.Module, inputs: Any) -> Iterator[None]:
+    """Run the model uncompiled inside, and undo what a forward pass does to tensors and to the random state."""
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += _torch.tensors_in(inputs)
+    kept = [(tensor, _version(tensor), tensor.detach().clone()) for tensor in tensors]
+    bound = [(tensor_of, dict(tensor_of)) for module in model.modules() for tensor_of in _tensors_of(module)]
     with torch.random.fork_rng(), _torch.not_compiled_in_place(model):
         try:
             yield
         finally:
-            with torch.no_grad():
-                for buffer, version, kept in buffers:
-                    if buffer._version != version:
-                        buffer.copy_(kept)
+            for tensor_of, names in bound:
+                tensor_of.clear()
+                tensor_of.update(names)
+            for tensor, version, values in kept:
+                if version is None or version != _version(tensor):
+                    _write(tensor, values)
+
+
+def _tensors_of(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    return module._parameters, module._buffers
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Grows with every change of the tensor; None if torch does not keep count."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _write(tensor: Tensor, values: Tensor) -> None:
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        tensor.copy_(values)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, fx
 
@@ -33,7 +32,9 @@ def lower(
     """
     run = _joint_pass(options, on_report, measure=measure)
     if options.lowering is Lowering.AOT_EAGER:
-        return _aot_eager(gm, inputs, run, options.memory_budget)
+        return _torch.compile_with_aot_eager(
+            gm, inputs, joint_pass=run, config=options.inductor, memory_budget=options.memory_budget
+        )
     return _torch.compile_with_inductor(
         gm,
         inputs,
@@ -60,18 +61,6 @@ def _joint_pass(options: Options, on_report: OnReport, *, measure: bool) -> _tor
         on_report(replace(report, saved_bytes_before=before, saved_bytes_after=saved_bytes(module.graph)))
 
     return run
-
-
-def _aot_eager(
-    gm: fx.GraphModule, inputs: Sequence[Tensor], run: _torch.GraphPass, memory_budget: float
-) -> _torch.CompiledFunction:
-    def partition(joint: fx.GraphModule, joint_inputs: Sequence[Any], **kwargs: Any) -> Any:
-        run(joint.graph)
-        return _torch.partition(joint, joint_inputs, **kwargs)
-
-    return _torch.compile_with_aot_eager(
-        gm, inputs, partition_joint=partition, inference_pass=run, memory_budget=memory_budget
-    )
 
 
 def _refuse_gradients(graph: fx.Graph) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import typing
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -86,7 +87,18 @@ class Options:
             else:
                 given["mode"] = _parse_mode_or_preset(mode, presets)
         ours = {key: check(given.pop(key)) for key, check in _CHECKS.items() if key in given}
-        return cls(**ours, inductor={**preset, **_inductor_options(given)})
+        parsed = cls(**ours, inductor={**preset, **_inductor_options(given)})
+        _warn_of_no_effect(parsed)
+        return parsed
+
+
+def _warn_of_no_effect(options: Options) -> None:
+    ignored = sorted(set(options.inductor) - {_torch.USERS_PASS})
+    if options.lowering is Lowering.AOT_EAGER and ignored:
+        warnings.warn(
+            f'lowering="aot_eager" generates no code, so these Inductor options have no effect: {", ".join(ignored)}.',
+            stacklevel=3,
+        )
 
 
 def _parse_mode_or_preset(mode: Any, presets: Iterable[str]) -> Mode:

@@ -121,17 +121,11 @@ def joint_graph(model: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
     """The joint (or inference) graph that the joint pass would see, captured, with its batch norms whole."""
     captured: list[fx.GraphModule] = []
 
-    def partition(joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
-        captured.append(copied(joint))
-        return _torch.partition(joint, joint_inputs, **kwargs)
-
-    def inference(graph: fx.Graph) -> None:
+    def capture(graph: fx.Graph) -> None:
         captured.append(copied(graph.owning_module))
 
     def backend(gm: fx.GraphModule, example_inputs: Any) -> Any:
-        return _torch.compile_with_aot_eager(
-            gm, example_inputs, partition_joint=partition, inference_pass=inference, memory_budget=1.0
-        )
+        return _torch.compile_with_aot_eager(gm, example_inputs, joint_pass=capture, config={}, memory_budget=1.0)
 
     torch.compile(model, backend=backend)(*inputs)
     assert len(captured) == 1, f"{len(captured)} graphs"

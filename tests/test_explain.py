@@ -54,6 +54,36 @@ def test_the_model_is_left_as_it_was():
     assert torch.equal(torch.get_rng_state(), torch.get_rng_state())
 
 
+class Changes(nn.Module):
+    """Its forward changes its input, a weight and a buffer in place, and binds another buffer anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = pair()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(1))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        self.last = x.detach().flatten()[:1] + 1
+        with torch.no_grad():
+            self.block[0].weight.mul_(1.5)
+        return self.block(x.mul_(2))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_forward_changes_is_put_back(inference):
+    model = Changes()
+    last, kept = model.last, copy.deepcopy(model.state_dict())
+    with torch.inference_mode(inference):
+        x = double(2, 4, 8, 8, requires_grad=False)
+        before = x.clone()
+        assert cb.explain(model, x).folded == 1
+    assert torch.equal(x, before)
+    assert model.last is last
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+
+
 def test_a_model_that_is_on_can_be_explained_and_stays_on():
     model = cb.turn_on(pair(), lowering="aot_eager")
     assert cb.explain(model, double(2, 4, 8, 8)).folded == 1

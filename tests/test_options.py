@@ -82,8 +82,9 @@ def test_presets_compile():
     assert counts.folded == 1
 
 
+@pytest.mark.parametrize("lowering", ["inductor", "aot_eager"])
 @pytest.mark.parametrize("where", ["options", "config", "list in config"])
-def test_a_users_own_joint_pass_still_runs(where):
+def test_a_users_own_joint_pass_still_runs(where, lowering):
     seen = []
 
     def users_own(graph):
@@ -91,11 +92,16 @@ def test_a_users_own_joint_pass_still_runs(where):
 
     with counted() as counts:
         if where == "options":
-            compiled(pair(), lowering="inductor", joint_custom_pre_pass=users_own)(double(2, 4, 8, 8))
+            compiled(pair(), lowering=lowering, joint_custom_pre_pass=users_own)(double(2, 4, 8, 8))
         else:
             value = users_own if where == "config" else [users_own]
             with torch._inductor.config.patch(joint_custom_pre_pass=value):
-                compiled(pair(), lowering="inductor")(double(2, 4, 8, 8))
+                compiled(pair(), lowering=lowering)(double(2, 4, 8, 8))
     assert counts.folded == 1
     assert len(seen) == 1
     assert not any("batch_norm" in name for name in seen[0])
+
+
+def test_inductor_options_without_effect_are_named():
+    with pytest.warns(UserWarning, match=re.escape("these Inductor options have no effect: epilogue_fusion, max_auto")):
+        compiled(pair(), max_autotune=True, epilogue_fusion=False)(double(2, 4, 8, 8))

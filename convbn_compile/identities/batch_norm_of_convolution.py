@@ -17,8 +17,8 @@ and, with g the gradient of the output, dW' = grad_weight(g, x) and db' = sum of
 Legal because batch norm on running statistics is affine per channel, and its channel axis, dim 1, is the
 convolution's output-channel axis. The convolution's output is not an operand of any right side: it need not be saved.
 Exact in real arithmetic. In floating point: s, s . w and b' are computed in the widest dtype of the parameters and
-statistics, at least float32, and rounded once to the convolution's dtype; under autocast the weight is read before
-its cast.
+statistics, at least float32; s . w is rounded once to the convolution's dtype, b' not at all: it is added in the wide
+one, since its rounding would be the same for a whole channel. Under autocast the weight is read before its cast.
 Does not apply if: batch statistics are used; something else reads the convolution's output; a cast or any
 operation lies in between; the gradients do not meet in one convolution_backward.
 Source: You et al., Efficient ConvBN Blocks (Tune mode), arXiv 2305.11624, section 3.4 and Table 2.
@@ -119,10 +119,13 @@ def forward(
     *,
     conv: ConvParams,
 ) -> Tensor:
-    """(s . w) (*) x + b'."""
+    """(s . w) (*) x + b', in the dtype of s . w."""
     shift = offset * scale
     shift = shift if beta is None else shift + beta.to(scale.dtype)
-    return conv.forward(input, folded_weight, shift.to(folded_weight.dtype))
+    if folded_weight.dtype == scale.dtype:
+        return conv.forward(input, folded_weight, shift)
+    output = conv.forward(input, folded_weight) + shift.reshape(-1, *(1,) * (folded_weight.dim() - 2))
+    return output.to(folded_weight.dtype)
 
 
 def backward(
