@@ -103,3 +103,11 @@ def cancel_inverse_views(graph: Graph) -> None:
             source = squeezed.args[0]
             if value(source).shape == value(node).shape:
                 node.replace_all_uses_with(source)
+
+
+def cancel_aliases(graph: Graph) -> None:
+    """alias(a) = a, unless the graph returns it: what autograd keeps of an output that its own backward reads."""
+    for target in (aten.alias.default, aten.detach.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            if not any(user.op == "output" for user in node.users):
+                node.replace_all_uses_with(node.args[0])

@@ -52,6 +52,7 @@ __all__ = [
     "inductor_config",
     "inductor_presets",
     "inductor_type",
+    "is_backward",
     "is_compiled_in_place",
     "is_joint",
     "is_view",
@@ -173,6 +174,11 @@ def size_hint(size: int | torch.SymInt) -> int:
 def is_view(node: fx.Node) -> bool:
     """True if the node's output shares its input's memory."""
     return isinstance(node.target, OpOverload) and node.target.is_view
+
+
+def is_backward(node: fx.Node) -> bool:
+    """True if autograd wrote the node, on its way back."""
+    return node.meta.get("partitioner_tag") == "is_backward"
 
 
 def mutated_inputs(joint: fx.Graph) -> list[fx.Node]:

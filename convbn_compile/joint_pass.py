@@ -12,8 +12,8 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from convbn_compile import _torch, cost
 from convbn_compile._aten import BatchNorm, batch_norms
-from convbn_compile._splice import cancel_inverse_views, copy_graph, splice
-from convbn_compile.identities import batch_norm_of_convolution, mask_of_clamp
+from convbn_compile._splice import cancel_aliases, cancel_inverse_views, copy_graph, splice
+from convbn_compile.identities import batch_norm_of_convolution, crop_of_pad, mask_of_clamp
 from convbn_compile.report import NoMatch, Refusal, Report, Rewrite
 
 
@@ -47,6 +47,7 @@ def run(graph: Graph, *, folds: bool = True) -> Report:
 
 def fold(graph: Graph) -> Report:
     """Fold every batch norm that can be folded; lint-free, with whole batch norms where not."""
+    cancel_aliases(graph)
     cancel_inverse_views(graph)
     graph.eliminate_dead_code()
     rewrites: list[Rewrite] = []
@@ -57,12 +58,18 @@ def fold(graph: Graph) -> Report:
             rewrites.append(Rewrite(path(norm.node)))
         else:
             refused.append(Refusal(path(norm.node), reason))
-    for node in graph.nodes:
-        found = mask_of_clamp.match(node)
-        if found is not None:
-            mask_of_clamp.rewrite(found)
     graph.eliminate_dead_code()
+    _apply(mask_of_clamp, graph)
+    _apply(crop_of_pad, graph)
     return Report(tuple(rewrites), tuple(refused))
+
+
+def _apply(identity: Any, graph: Graph) -> None:
+    """Rewrite every match of an identity of one node."""
+    for node in graph.nodes:
+        found = identity.match(node)
+        if found is not None:
+            identity.rewrite(found)
 
 
 def _fold_one(norm: BatchNorm) -> str | None:

@@ -9,7 +9,8 @@ and the theorem that puts them together and is what the joint pass rewrites:
 
     batch_norm_of_convolution      BN(w (*) x + b) = (s . w) (*) x + b',  with all its gradients
 
-and one of its own:
+and two of their own, which free what the activation after a folded norm would save:
 
     (6) mask_of_clamp              (x <= a) | (x >= b) = (z <= a) | (z >= b)    for z = clamp(x, a, b)
+    (7) crop_of_pad                x = crop(pad(x, p), p)
 """
