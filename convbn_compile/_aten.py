@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
+
+from convbn_compile import _torch
 
 aten = torch.ops.aten
 convert_element_type = torch.ops.prims.convert_element_type.default
@@ -79,53 +82,161 @@ class ConvParams:
 
 
 @dataclass(frozen=True)
-class Convolution:
-    """One aten.convolution node."""
+class MatmulParams:
+    """What a matrix product with a weight is besides its tensors: a linear layer, or x @ w if transposed."""
+
+    transposed: bool
+    groups: int = 1
+
+    def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Input [N, C_in] to [N, C_out]."""
+        weight = weight if self.transposed else weight.t()
+        return torch.mm(input, weight) if bias is None else torch.addmm(bias, input, weight)
+
+    def backward(
+        self, grad_output: Tensor, input: Tensor, weight: Tensor, *, needs_input: bool, needs_weight: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(grad_input, grad_weight), None where not needed."""
+        grad_input = grad_weight = None
+        if needs_input:
+            grad_input = torch.mm(grad_output, weight.t() if self.transposed else weight)
+        if needs_weight:
+            grad_weight = torch.mm(input.t(), grad_output) if self.transposed else torch.mm(grad_output.t(), input)
+        return grad_input, grad_weight
+
+    @property
+    def is_static(self) -> bool:
+        """Nothing of it is computed in the graph."""
+        return True
+
+
+LinearParams = ConvParams | MatmulParams
+
+
+@dataclass(frozen=True)
+class LinearOperator:
+    """One aten.convolution, mm or addmm node: linear in its weight, output channels along dim 1."""
 
     node: Node
     input: Node
     weight: Node
     bias: Node | None
-    params: ConvParams
+    params: LinearParams
 
     @classmethod
-    def of(cls, node: Node) -> Convolution | None:
+    def of(cls, node: Node) -> LinearOperator | None:
         """The view, or None if `node` is something else."""
-        if node.target is not aten.convolution.default:
-            return None
-        arguments = bind(node)
-        return cls(node, arguments["input"], arguments["weight"], arguments["bias"], ConvParams.of(arguments))
+        if node.target is aten.convolution.default:
+            arguments = bind(node)
+            return cls(node, arguments["input"], arguments["weight"], arguments["bias"], ConvParams.of(arguments))
+        if node.target is aten.mm.default:
+            return cls._product(node, *node.args, bias=None)
+        if node.target is aten.addmm.default:
+            arguments = bind(node)
+            if (arguments["beta"], arguments["alpha"]) == (1, 1) and value(arguments["self"]).dim() == 1:
+                return cls._product(node, arguments["mat1"], arguments["mat2"], bias=arguments["self"])
+        return None
+
+    @classmethod
+    def _product(cls, node: Node, input: Any, matrix: Any, *, bias: Node | None) -> LinearOperator:
+        """A linear layer's product reads the transpose of its weight."""
+        weight = _transposed(matrix)
+        params = MatmulParams(transposed=weight is None)
+        return cls(node, input, matrix if weight is None else weight, bias, params)
+
+    @property
+    def name(self) -> str:
+        """What users call it."""
+        return "convolution" if isinstance(self.params, ConvParams) else "linear layer"
+
+    def adjoints(self) -> list[Adjoint]:
+        """What computes gradients of this operator, one for each gradient of its output."""
+        if isinstance(self.params, ConvParams):
+            backwards = [found for user in self.input.users if (found := _convolution_backward(self, user))]
+        else:
+            backwards = _matmul_backwards(self)
+        return backwards
 
 
-@dataclass(frozen=True)
-class ConvolutionBackward:
-    """One aten.convolution_backward node; the gradients are those that something reads."""
+@dataclass
+class Adjoint:
+    """The nodes that compute gradients of a linear operator from one `grad_output`; those that something reads.
+
+    Attributes:
+        node: the first of them.
+        weight_is_transposed: `grad_weight` is the transpose of the weight's gradient.
+    """
 
     node: Node
     grad_output: Node
-    input: Node
-    weight: Node
-    params: ConvParams
-    grad_input: Node | None
-    grad_weight: Node | None
-    grad_bias: Node | None
+    grad_input: Node | None = None
+    grad_weight: Node | None = None
+    grad_bias: Node | None = None
+    weight_is_transposed: bool = False
 
-    @classmethod
-    def of(cls, node: Node) -> ConvolutionBackward | None:
-        """The view, or None if `node` is something else."""
-        if node.target is not aten.convolution_backward.default:
-            return None
-        arguments = bind(node)
-        return cls(
-            node,
-            arguments["grad_output"],
-            arguments["input"],
-            arguments["weight"],
-            ConvParams.of(arguments),
-            grad_input=output(node, 0),
-            grad_weight=output(node, 1),
-            grad_bias=output(node, 2),
-        )
+    def set_grad_weight(self, node: Node, *, transposed: bool) -> None:
+        """Enter the node that computes the weight's gradient."""
+        self.grad_weight, self.weight_is_transposed = node, transposed
+
+
+def _convolution_backward(op: LinearOperator, node: Node) -> Adjoint | None:
+    if node.target is not aten.convolution_backward.default:
+        return None
+    arguments = bind(node)
+    if (arguments["input"], arguments["weight"], ConvParams.of(arguments)) != (op.input, op.weight, op.params):
+        return None
+    return Adjoint(node, arguments["grad_output"], output(node, 0), output(node, 1), output(node, 2))
+
+
+Matrix = tuple[Node, bool]
+"""A matrix as the node that it is a view of, and whether it is that node's transpose."""
+
+
+def _matrix(node: Any) -> Matrix:
+    flipped = False
+    while (source := _transposed(node)) is not None:
+        node, flipped = source, not flipped
+    return node, flipped
+
+
+def _transposed(node: Any) -> Node | None:
+    """The matrix that `node` is the transpose of, if it was made so."""
+    if isinstance(node, Node) and node.target is aten.permute.default and list(node.args[1]) == [1, 0]:  # type: ignore[arg-type]
+        return node.args[0]  # type: ignore[return-value]
+    return None
+
+
+def _views(node: Node) -> list[Node]:
+    """A matrix, its transposes, theirs, ..."""
+    return [node, *(view for user in node.users if _transposed(user) is node for view in _views(user))]
+
+
+def _matmul_backwards(op: LinearOperator) -> list[Adjoint]:
+    """For y = x @ m and g the gradient of y: g @ m.T, and x.T @ g or its transpose g.T @ x."""
+    x, w = _matrix(op.input), _matrix(op.weight)
+    m_transposed = (w[0], w[1] == op.params.transposed)
+    x_transposed = (x[0], not x[1])
+    products = {user for view in (*_views(x[0]), *_views(w[0])) for user in view.users if _is_backward_product(user)}
+    found: dict[Node, Adjoint] = {}
+    for node in sorted(products):
+        first, second = node.args
+        assert isinstance(first, Node) and isinstance(second, Node)
+        transposed = _transposed(first)
+        if _matrix(second) == m_transposed:
+            _adjoint(found, node, first).grad_input = node
+        elif _matrix(first) == x_transposed:
+            _adjoint(found, node, second).set_grad_weight(node, transposed=not op.params.transposed)
+        elif _matrix(second) == x and transposed is not None:
+            _adjoint(found, node, transposed).set_grad_weight(node, transposed=op.params.transposed)
+    return list(found.values())
+
+
+def _is_backward_product(node: Node) -> bool:
+    return node.target is aten.mm.default and _torch.is_backward(node)
+
+
+def _adjoint(found: dict[Node, Adjoint], node: Node, grad_output: Node) -> Adjoint:
+    return found.setdefault(grad_output, Adjoint(node, grad_output))
 
 
 @dataclass(frozen=True)
@@ -134,12 +245,7 @@ class BatchNorm:
 
     node: Node
     input: Node
-    weight: Node | None
-    bias: Node | None
-    running_mean: Node | None
-    running_var: Node | None
     training: bool
-    eps: float
 
     @classmethod
     def of(cls, node: Node) -> BatchNorm | None:
@@ -148,58 +254,7 @@ class BatchNorm:
         if training is _MISSING:
             return None
         arguments = bind(node)
-        return cls(
-            node,
-            arguments["input"],
-            arguments["weight"],
-            arguments["bias"],
-            arguments.get("running_mean"),
-            arguments.get("running_var"),
-            training=arguments["training"] if training is None else training,
-            eps=arguments["eps"] if "eps" in arguments else arguments["epsilon"],
-        )
-
-    @property
-    def output(self) -> Node | None:
-        """The normalised tensor, if something reads it."""
-        return output(self.node, 0)
-
-
-@dataclass(frozen=True)
-class BatchNormBackward:
-    """One eval-mode aten.native_batch_norm_backward node; the gradients are those that something reads."""
-
-    node: Node
-    grad_output: Node
-    input: Node
-    weight: Node | None
-    running_mean: Node | None
-    running_var: Node | None
-    eps: float
-    grad_input: Node | None
-    grad_weight: Node | None
-    grad_bias: Node | None
-
-    @classmethod
-    def of(cls, node: Node) -> BatchNormBackward | None:
-        """The view, or None if `node` is something else or runs on batch statistics."""
-        if node.target not in _BACKWARD_BATCH_NORMS:
-            return None
-        arguments = bind(node)
-        if arguments.get("train", arguments.get("update")):
-            return None
-        return cls(
-            node,
-            arguments["grad_out"],
-            arguments["input"],
-            arguments["weight"],
-            arguments["running_mean"],
-            arguments["running_var"],
-            arguments["eps"],
-            grad_input=output(node, 0),
-            grad_weight=output(node, 1),
-            grad_bias=output(node, 2),
-        )
+        return cls(node, arguments["input"], arguments["training"] if training is None else training)
 
 
 _MISSING = object()
@@ -217,7 +272,6 @@ _FORWARD_BATCH_NORMS: dict[Any, Any] = {
     aten.cudnn_batch_norm.default: None,
     aten.miopen_batch_norm.default: None,
 }
-_BACKWARD_BATCH_NORMS = frozenset({aten.native_batch_norm_backward.default, aten.batch_norm_backward.default})
 
 
 def bind(node: Node) -> dict[str, Any]:
@@ -237,9 +291,12 @@ def output(node: Node, index: int) -> Node | None:
     return None
 
 
-def batch_norms(graph: Graph) -> list[BatchNorm]:
-    """Every forward batch norm of the graph, in order."""
-    return [norm for node in graph.nodes if (norm := BatchNorm.of(node)) is not None]
+def linear_operators(graph: Graph) -> Iterator[LinearOperator]:
+    """Every linear operator of the graph, in order, as it is when its turn comes."""
+    for node in list(graph.nodes):
+        op = LinearOperator.of(node)
+        if op is not None and not _torch.is_backward(node):
+            yield op
 
 
 def value(node: Node) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 from torch.utils.checkpoint import CheckpointPolicy
 
 from convbn_compile import _torch
@@ -76,6 +77,17 @@ def replace(old: Node, new: Node) -> None:
     old.replace_all_uses_with(new)
 
 
+def reapply(node: Node, source: Node, *, before: Node) -> Node:
+    """Insert what `node` does to its first argument, done to `source`."""
+    graph = node.graph
+    with graph.inserting_before(before):
+        copied = graph.call_function(node.target, (source, *node.args[1:]), dict(node.kwargs))  # type: ignore[arg-type]
+    copied.meta = {key: item for key, item in node.meta.items() if key not in _OF_THE_VALUE}
+    args, kwargs = map_arg((copied.args, copied.kwargs), lambda argument: argument.meta["val"])
+    copied.meta["val"] = _torch.evaluate(copied.target, *args, **kwargs)
+    return copied
+
+
 def _cast(new: Node, old: Node) -> Node:
     """`new` in the dtype of `old`, placed right after `new`."""
     dtype = value(old).dtype
@@ -93,16 +105,6 @@ def copy_graph(graph: Graph) -> Graph:
     for node in graph.nodes:
         placed[node] = copied.node_copy(node, placed.__getitem__)
     return copied
-
-
-def cancel_inverse_views(graph: Graph) -> None:
-    """unsqueeze(squeeze(a)) = a where the shapes agree: what stands between an unbatched convolution and a norm."""
-    for node in graph.find_nodes(op="call_function", target=aten.unsqueeze.default):
-        squeezed = node.args[0]
-        if squeezed.target in (aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default):
-            source = squeezed.args[0]
-            if value(source).shape == value(node).shape:
-                node.replace_all_uses_with(source)
 
 
 def cancel_aliases(graph: Graph) -> None:

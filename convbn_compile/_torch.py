@@ -25,9 +25,11 @@ from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.pattern_matcher import stable_topological_sort
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
@@ -48,6 +50,7 @@ __all__ = [
     "compile_with_aot_eager",
     "compile_with_inductor",
     "default_decompositions",
+    "evaluate",
     "get_hash_for_files",
     "inductor_config",
     "inductor_presets",
@@ -61,7 +64,9 @@ __all__ = [
     "not_compiled_in_place",
     "num_forward_outputs",
     "partition",
+    "same_size",
     "size_hint",
+    "stable_topological_sort",
     "tensors_in",
     "trace",
     "undo_compile",
@@ -144,6 +149,14 @@ def trace(function: Callable[..., Any], *values: Any) -> fx.GraphModule:
         return make_fx(function, default_decompositions(), tracing_mode="real")(*values)
 
 
+def evaluate(function: Any, *values: Any, **kwargs: Any) -> Any:
+    """What `function` makes of fake tensors."""
+    fake_mode = detect_fake_mode(values)
+    assert fake_mode is not None, "evaluate() needs fake tensors"
+    with torch.no_grad(), fake_mode:
+        return function(*values, **kwargs)
+
+
 # --- partitioning ------------------------------------------------------------------------------------------------
 
 
@@ -169,6 +182,11 @@ def size_hint(size: int | torch.SymInt) -> int:
         hint = size.node.hint
         return 0 if hint is None else int(hint)
     return size
+
+
+def same_size(first: int | torch.SymInt, second: int | torch.SymInt) -> bool:
+    """True if two sizes are known to be equal, without a guard on it."""
+    return statically_known_true(first == second)
 
 
 def is_view(node: fx.Node) -> bool:

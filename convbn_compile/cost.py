@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from convbn_compile.identities.batch_norm_of_convolution import Match
+from convbn_compile.identities.affine_of_linear import Match
 
 
 def objection(found: Match) -> str | None:
@@ -11,7 +11,7 @@ def objection(found: Match) -> str | None:
     Identity (4) makes the gradient of gamma from the gradient of the convolution's weight. Where nothing else
     needs that one, because the weight is frozen, folding would add a weight-gradient convolution to save one output.
     """
-    needs = found.needs
-    if needs.gamma and not needs.weight:
-        return "the convolution's weight is frozen but the batch norm's is trained: folding would add a convolution"
+    name = found.region.op.name
+    if found.region.products and not found.needs.weight:
+        return f"the {name}'s weight is frozen but the norm's is trained: folding would add a {name}"
     return None

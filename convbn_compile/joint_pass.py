@@ -2,66 +2,106 @@
 
 from __future__ import annotations
 
+import operator
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from convbn_compile import _torch, cost
-from convbn_compile._aten import BatchNorm, batch_norms
-from convbn_compile._splice import cancel_aliases, cancel_inverse_views, copy_graph, splice
-from convbn_compile.identities import batch_norm_of_convolution, crop_of_pad, mask_of_clamp
-from convbn_compile.report import NoMatch, Refusal, Report, Rewrite
+from convbn_compile._aten import BatchNorm, linear_operators, output
+from convbn_compile._region import Region, follow, operator_name
+from convbn_compile._splice import cancel_aliases, copy_graph, splice
+from convbn_compile.identities import affine_of_linear, crop_of_pad, mask_of_clamp
+from convbn_compile.options import Fold
+from convbn_compile.report import Kind, NoMatch, Refusal, Report, Rewrite
 
 
-def run(graph: Graph, *, folds: bool = True) -> Report:
+@dataclass(frozen=True)
+class Norm:
+    """A batch norm of the graph, decomposed: its path, and the nodes that are its input and its output now."""
+
+    path: str
+    training: bool
+    input: Node
+    output: Node | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a region: folded, or left alone for a reason."""
+
+    region: Region
+    reason: str | None
+
+
+def run(graph: Graph, *, fold: Fold | None = Fold.AUTO) -> Report:
     """Rewrite the graph of a GraphModule; afterwards it holds no whole batch norm any more.
 
     The rewriting is done on a copy: if any of it fails, the graph stays as it was and a warning says so.
 
     Args:
         graph: a joint or inference graph with whole batch norms; its module gets the rewritten one.
-        folds: False only decomposes, which makes the graph that plain Inductor would have.
+        fold: what to fold; None only decomposes, which makes the graph that plain Inductor would have.
     """
     module = graph.owning_module
     assert module is not None, "the joint pass needs a graph that a module owns"
     try:
         rewritten = copy_graph(graph)
-        report = fold(rewritten) if folds else Report()
-        decompose_batch_norms(rewritten)
-        if folds:
-            save_reads_of_mutated_inputs(rewritten)
+        norms = decompose_batch_norms(rewritten)
+        report = Report() if fold is None else _rewrite(rewritten, norms, fold)
         rewritten.lint()
     except Exception as error:  # noqa: BLE001  a user's training never dies of our optimisation
         _warn_of(error)
-        report = _refuse_all(graph, f"the pass failed: {type(error).__name__}: {error}")
-        decompose_batch_norms(graph)
+        reason = f"the pass failed: {type(error).__name__}: {error}"
+        norms = decompose_batch_norms(graph)
         module.recompile()
-        return report
+        return Report(refused=tuple(Refusal(norm.path, reason) for norm in norms))
     module.graph = rewritten
     return report
 
 
-def fold(graph: Graph) -> Report:
-    """Fold every batch norm that can be folded; lint-free, with whole batch norms where not."""
-    cancel_aliases(graph)
-    cancel_inverse_views(graph)
+def decompose_batch_norms(graph: Graph) -> list[Norm]:
+    """Replace batch norms, forward and backward, by what Inductor's own table makes of them."""
+    table = _torch.default_decompositions()
+    norms: list[Norm] = []
+    for node in graph.nodes:
+        if node.target in _torch.batch_norm_ops():
+            norm = BatchNorm.of(node)
+            normalised = _decompose(node, table[node.target])
+            if norm is not None:
+                norms.append(Norm(path(node), norm.training, norm.input, normalised))
     graph.eliminate_dead_code()
-    rewrites: list[Rewrite] = []
-    refused: list[Refusal] = []
-    for norm in batch_norms(graph):
-        reason = _fold_one(norm)
-        if reason is None:
-            rewrites.append(Rewrite(path(norm.node)))
-        else:
-            refused.append(Refusal(path(norm.node), reason))
+    return norms
+
+
+def _rewrite(graph: Graph, norms: Sequence[Norm], fold: Fold) -> Report:
+    """Apply the identities, in order."""
+    cancel_aliases(graph)
+    graph.eliminate_dead_code()
+    outcomes = [_fold(follow(op), fold) for op in linear_operators(graph)]
+    _torch.stable_topological_sort(graph)
     graph.eliminate_dead_code()
     _apply(mask_of_clamp, graph)
     _apply(crop_of_pad, graph)
-    return Report(tuple(rewrites), tuple(refused))
+    save_reads_of_mutated_inputs(graph)
+    graph.eliminate_dead_code()
+    return _report(norms, outcomes)
+
+
+def _fold(region: Region, fold: Fold) -> Outcome:
+    """Fold what is made of a linear operator's output, or say why not."""
+    found = affine_of_linear.match(region)
+    if isinstance(found, NoMatch):
+        return Outcome(region, found.reason)
+    objection = cost.objection(found) if fold is Fold.AUTO else None
+    if objection is None:
+        affine_of_linear.rewrite(found)
+    return Outcome(region, objection)
 
 
 def _apply(identity: Any, graph: Graph) -> None:
@@ -72,24 +112,48 @@ def _apply(identity: Any, graph: Graph) -> None:
             identity.rewrite(found)
 
 
-def _fold_one(norm: BatchNorm) -> str | None:
-    """Fold one batch norm, or say why not."""
-    found = batch_norm_of_convolution.match(norm)
-    if isinstance(found, NoMatch):
-        return found.reason
-    objection = cost.objection(found)
-    if objection is None:
-        batch_norm_of_convolution.rewrite(found)
-    return objection
+def _report(norms: Sequence[Norm], outcomes: Sequence[Outcome]) -> Report:
+    """One line for each norm, then one for each affine map with a scale that is written by hand."""
+    made_of = {node: outcome for outcome in outcomes for node in outcome.region.affines}
+    rewrites: list[Rewrite] = []
+    refused: list[Refusal] = []
+
+    def enter(module: str, kind: Kind, reason: str | None) -> None:
+        if reason is None:
+            rewrites.append(Rewrite(module, kind))
+        else:
+            refused.append(Refusal(module, reason, kind))
+
+    for norm in norms:
+        enter(norm.path, "batch norm", _reason(norm, made_of))
+    outputs = {norm.output for norm in norms}
+    for outcome in outcomes:
+        scale = outcome.region.last_scale
+        if scale is not None and not any(affine.node in outputs for affine in outcome.region.way):
+            enter(path(scale.node), "affine", outcome.reason)
+    return Report(tuple(rewrites), tuple(refused))
 
 
-def decompose_batch_norms(graph: Graph) -> None:
-    """Replace the batch norms that are left, forward and backward, by what Inductor's own table makes of them."""
-    table = _torch.default_decompositions()
-    for node in graph.nodes:
-        if node.target in _torch.batch_norm_ops():
-            _decompose(node, table[node.target])
-    graph.eliminate_dead_code()
+def _reason(norm: Norm, made_of: Mapping[Node, Outcome]) -> str | None:
+    """Why a norm was not folded; None if it was."""
+    if norm.training:
+        return "it runs on batch statistics (training mode)"
+    if norm.output is None:
+        return "nothing reads its output"
+    if norm.output in made_of:
+        outcome = made_of[norm.output]
+        on_the_way = any(affine.node is norm.output for affine in outcome.region.way)
+        return outcome.reason if on_the_way or outcome.reason else "something else reads its input, too"
+    if norm.input in made_of:
+        return f"its channels are not the output channels of the {made_of[norm.input].region.op.name} before it"
+    return f"its input comes from {_origin(norm.input)}, not from a convolution or linear layer"
+
+
+def _origin(node: Node) -> str:
+    """What computes a node, in words."""
+    while node.target is operator.getitem:
+        node = node.args[0]  # type: ignore[assignment]
+    return operator_name(node)
 
 
 def path(node: Node) -> str:
@@ -99,7 +163,7 @@ def path(node: Node) -> str:
     if names and names[-1]:
         return names[-1]
     lines = re.findall(r'File "([^"]*)", line (\d+)', node.meta.get("stack_trace") or "")
-    return "batch_norm at {}:{}".format(*lines[-1]) if lines else node.name
+    return "{}:{}".format(*lines[-1]) if lines else node.name
 
 
 def save_reads_of_mutated_inputs(graph: Graph) -> None:
@@ -117,8 +181,8 @@ def save_reads_of_mutated_inputs(graph: Graph) -> None:
             reader.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
 
 
-def _decompose(node: Node, rule: Callable[..., Any]) -> None:
-    """Replace one multi-output node by what `rule` computes."""
+def _decompose(node: Node, rule: Callable[..., Any]) -> Node | None:
+    """Replace one multi-output node by what `rule` computes; its first output, if that is read."""
     nodes = [argument for argument in node.args if isinstance(argument, Node)]
 
     def of_tensors(*tensors: Any) -> Any:
@@ -126,15 +190,12 @@ def _decompose(node: Node, rule: Callable[..., Any]) -> None:
         return rule(*(next(rest) if isinstance(argument, Node) else argument for argument in node.args), **node.kwargs)
 
     outputs = splice(of_tensors, *nodes, before=node)
+    first = output(node, 0)
     for getitem in list(node.users):
-        output = outputs[getitem.args[1]]  # type: ignore[index]
-        if output is not None:
-            getitem.replace_all_uses_with(output)
-
-
-def _refuse_all(graph: Graph, reason: str) -> Report:
-    whole = [node for node in graph.nodes if node.target in _torch.batch_norm_ops()]
-    return Report(refused=tuple(Refusal(path(node), reason) for node in whole if "backward" not in str(node.target)))
+        new = outputs[getitem.args[1]]  # type: ignore[index]
+        if new is not None:
+            getitem.replace_all_uses_with(new)
+    return None if first is None else outputs[0]
 
 
 def _warn_of(error: Exception) -> None:

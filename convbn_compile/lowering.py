@@ -47,17 +47,18 @@ def lower(
 
 def _joint_pass(options: Options, on_report: OnReport, *, measure: bool) -> _torch.GraphPass:
     """The joint pass of a mode, as a function of the graph alone."""
+    fold = options.fold if options.mode.folds else None
 
     def run(graph: fx.Graph) -> None:
         if options.mode is Mode.DEPLOY:
             _refuse_gradients(graph)
         if not measure or not _torch.is_joint(graph):
-            on_report(joint_pass.run(graph, folds=options.mode.folds))
+            on_report(joint_pass.run(graph, fold=fold))
             return
         module = graph.owning_module
         assert module is not None, "a joint graph has a module"
         before = saved_bytes(graph)
-        report = joint_pass.run(graph, folds=options.mode.folds)
+        report = joint_pass.run(graph, fold=fold)
         on_report(replace(report, saved_bytes_before=before, saved_bytes_after=saved_bytes(module.graph)))
 
     return run
@@ -83,4 +84,5 @@ def sources_hash() -> str:
 
 def uuid(options: Options) -> str:
     """What tells the compile caches one joint pass from another: our sources and the options that it reads."""
-    return f"convbn_tune {sources_hash()} {options.mode.value} {options.memory_budget} {options.merge_branches}"
+    read = (options.mode.value, options.fold.value, options.memory_budget, options.merge_branches)
+    return f"convbn_tune {sources_hash()} {read}"

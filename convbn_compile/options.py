@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import typing
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -44,6 +44,13 @@ class Lowering(str, Enum):
     AOT_EAGER = "aot_eager"
 
 
+class Fold(str, Enum):
+    """Which of the folds that would be right are done."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+
+
 @dataclass(frozen=True)
 class Options:
     """The options of one torch.compile call.
@@ -53,6 +60,7 @@ class Options:
         lowering: "inductor", or "aot_eager" for the same joint pass and partitioner without code generation.
         memory_budget: AOTAutograd's activation_memory_budget for this compile, in (0, 1].
         merge_branches: merge parallel convolutions of one input.
+        fold: "auto" leaves out the folds that do not pay, "always" does all that are right.
         inductor: configuration handed on to Inductor.
     """
 
@@ -60,6 +68,7 @@ class Options:
     lowering: Lowering = Lowering.INDUCTOR
     memory_budget: float = 1.0
     merge_branches: bool = True
+    fold: Fold = Fold.AUTO
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -107,12 +116,20 @@ def _parse_mode_or_preset(mode: Any, presets: Iterable[str]) -> Mode:
     return Mode.parse(mode)
 
 
-def _check_lowering(name: Any) -> Lowering:
-    if not isinstance(name, str):
-        raise TypeError(f"lowering must be a string, one of {_names(Lowering)}; got {name!r} ({type(name).__name__}).")
-    if name not in _values(Lowering):
-        raise ValueError(f"Unknown lowering {name!r}. {_nearest(name, _values(Lowering))}")
-    return Lowering(name)
+Choice = typing.TypeVar("Choice", Lowering, Fold)
+
+
+def _choice(option: str, kind: type[Choice]) -> Callable[[Any], Choice]:
+    """A check of an option that has a few names for values."""
+
+    def check(name: Any) -> Choice:
+        if not isinstance(name, str):
+            raise TypeError(f"{option} must be a string, one of {_names(kind)}; got {name!r} ({type(name).__name__}).")
+        if name not in _values(kind):
+            raise ValueError(f"Unknown {option} {name!r}. {_nearest(name, _values(kind))}")
+        return kind(name)
+
+    return check
 
 
 def _check_memory_budget(budget: Any) -> float:
@@ -131,11 +148,12 @@ def _check_merge_branches(merge: Any) -> bool:
     return merge
 
 
-_CHECKS: Mapping[str, typing.Callable[[Any], Any]] = {
+_CHECKS: Mapping[str, Callable[[Any], Any]] = {
     "mode": Mode.parse,
-    "lowering": _check_lowering,
+    "lowering": _choice("lowering", Lowering),
     "memory_budget": _check_memory_budget,
     "merge_branches": _check_merge_branches,
+    "fold": _choice("fold", Fold),
 }
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tabulate import tabulate
+
+Kind = Literal["batch norm", "affine"]
+"""A batch norm of torch, or a scale and shift per channel that somebody wrote by hand, such as FrozenBatchNorm."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Rewrite:
     """One convolution-norm pair that was folded; `module` is the norm's path, such as layer1.0.bn2."""
 
     module: str
+    kind: Kind = "batch norm"
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Refusal:
 
     module: str
     reason: str
+    kind: Kind = "batch norm"
 
 
 @dataclass(frozen=True)
@@ -57,12 +62,12 @@ class Report:
 
     @property
     def norms(self) -> int:
-        """How many batch norms there are."""
+        """How many norms there are, those written by hand included."""
         return len(self.rewrites) + len(self.refused)
 
     def summary(self) -> str:
         """The facts in one line."""
-        parts = [f"folded {self.folded} of {self.norms} batch norms"]
+        parts = [f"folded {self.folded} of {self.norms} norms"]
         if self.saved_bytes_before is not None and self.saved_bytes_after is not None:
             parts.append(f"saved for backward {_mib(self.saved_bytes_before)} -> {_mib(self.saved_bytes_after)}")
         parts += [f"{count} left alone: {reason}" for reason, count in self.reasons().items()]
@@ -103,9 +108,9 @@ class Report:
         )
 
     def __str__(self) -> str:
-        rows = [(rewrite.module, "folded", "") for rewrite in self.rewrites]
-        rows += [(refusal.module, "left alone", refusal.reason) for refusal in self.refused]
-        return f"{tabulate(rows, headers=('batch norm', 'outcome', 'because'))}\n\n{self.summary()}"
+        rows = [(rewrite.module, rewrite.kind, "folded", "") for rewrite in self.rewrites]
+        rows += [(refusal.module, refusal.kind, "left alone", refusal.reason) for refusal in self.refused]
+        return f"{tabulate(rows, headers=('norm', 'kind', 'outcome', 'because'))}\n\n{self.summary()}"
 
 
 def _sum(numbers: Sequence[int | None]) -> int | None:

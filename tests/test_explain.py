@@ -25,7 +25,7 @@ def test_every_norm_has_a_line():
     assert report.folded == 1
     assert report.merged == 0
     assert report.refused == (
-        cb.Refusal("2", "its input comes from aten.relu, not from a convolution"),
+        cb.Refusal("2", "its input comes from aten.relu, not from a convolution or linear layer"),
         cb.Refusal("3.1", "it runs on batch statistics (training mode)"),
     )
     lines = str(report).splitlines()
@@ -37,7 +37,11 @@ def test_to_dict_is_json_and_back():
     report = cb.explain(mixed(), double(2, 4, 8, 8))
     data = json.loads(json.dumps(report.to_dict()))
     assert data["folded"] == 1
-    assert data["refused"][0] == {"module": "2", "reason": "its input comes from aten.relu, not from a convolution"}
+    assert data["refused"][0] == {
+        "module": "2",
+        "reason": "its input comes from aten.relu, not from a convolution or linear layer",
+        "kind": "batch norm",
+    }
     assert cb.Report.from_dict(data) == report
 
 
@@ -131,7 +135,7 @@ def test_one_info_line_per_graph_with_the_same_facts(lowering, caplog):
         compiled(model, lowering=lowering)(x)
     lines = [record.getMessage() for record in caplog.records if record.name == "convbn_compile"]
     assert lines == [f"tune: {report.summary()}"]
-    assert "1 left alone: the convolution's output is read by" in lines[0]
+    assert "1 left alone: the convolution's output is also read by" in lines[0]
     assert "saved for backward" in lines[0]
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy
 
 from convbn_compile import _torch, joint_pass
+from convbn_compile.identities import affine_of_linear, crop_of_pad, mask_of_clamp
 
 CONVOLUTION, BACKWARD = "aten.convolution.default", "aten.convolution_backward.default"
 
@@ -96,7 +97,7 @@ def test_a_report_names_modules():
     _, report = run(joint_graph(model, double(2, 4, 8, 8)))
     assert [item.module for item in report.rewrites] == ["0.1"]
     assert [(item.module, item.reason) for item in report.refused] == [
-        ("2", "its input comes from aten.relu, not from a convolution")
+        ("2", "its input comes from aten.relu, not from a convolution or linear layer")
     ]
 
 
@@ -120,16 +121,28 @@ def test_the_pass_can_run_on_its_own_result():
 
 # --- failure -----------------------------------------------------------------------------------------------------
 
-STAGES = ["fold", "copy_graph", "splice", "cancel_inverse_views", "batch_norms"]
+STAGES = [
+    (joint_pass, "copy_graph"),
+    (joint_pass, "cancel_aliases"),
+    (joint_pass, "linear_operators"),
+    (joint_pass, "follow"),
+    (affine_of_linear, "match"),
+    (joint_pass.cost, "objection"),
+    (affine_of_linear, "rewrite"),
+    (affine_of_linear, "splice"),
+    (affine_of_linear, "_rewrite_backward"),
+    (mask_of_clamp, "match"),
+    (crop_of_pad, "match"),
+    (joint_pass, "save_reads_of_mutated_inputs"),
+    (joint_pass, "_report"),
+]
+IDS = [f"{module.__name__}.{name}" for module, name in STAGES]
 
 
-@pytest.mark.parametrize(("stage", "lowering"), [*((stage, "aot_eager") for stage in STAGES), ("fold", "inductor")])
-def test_a_failure_leaves_the_graph_and_training_goes_on(stage, lowering, monkeypatch):
-    if stage == "splice":
-        target, name = joint_pass.batch_norm_of_convolution, "splice"
-    else:
-        target, name = joint_pass, stage
-    monkeypatch.setattr(target, name, _broken)
+@pytest.mark.parametrize("lowering", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(("module", "name"), STAGES, ids=IDS)
+def test_a_failure_leaves_the_graph_and_training_goes_on(module, name, lowering, monkeypatch):
+    monkeypatch.setattr(module, name, _broken)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         assert_as_eager(pair(), double(2, 4, 8, 8), lowering=lowering)
@@ -144,7 +157,7 @@ def _broken(*args, **kwargs):
 
 
 def test_a_failure_is_reported_as_refused(monkeypatch):
-    monkeypatch.setattr(joint_pass, "fold", _broken)
+    monkeypatch.setattr(joint_pass, "follow", _broken)
     module = joint_graph(pair(), double(2, 4, 8, 8))
     with pytest.warns(UserWarning, match="its own pass failed"), counted():
         report = joint_pass.run(module.graph)

@@ -7,11 +7,11 @@ import torch
 from support import compiled, counted
 from test_backend import double, pair
 
-from convbn_compile.options import Lowering, Mode, Options
+from convbn_compile.options import Fold, Lowering, Mode, Options
 
 
 def test_defaults():
-    assert Options.parse() == Options(Mode.TUNE, Lowering.INDUCTOR, 1.0, True, {})
+    assert Options.parse() == Options(Mode.TUNE, Lowering.INDUCTOR, 1.0, True, Fold.AUTO, {})
 
 
 @pytest.mark.parametrize("mode", ["tune", "Tune", "TUNE", Mode.TUNE])
@@ -50,6 +50,8 @@ def test_unknown_keys_go_to_inductor():
         (None, {"memory_budget": "1"}, TypeError, "memory_budget must be a number in (0, 1], got '1' (str)."),
         (None, {"memory_budget": True}, TypeError, "memory_budget must be a number in (0, 1], got True (bool)."),
         (None, {"merge_branches": 1}, TypeError, "merge_branches must be True or False, got 1 (int)."),
+        (None, {"fold": "allways"}, ValueError, "Unknown fold 'allways'. Did you mean 'always'?"),
+        (None, {"fold": True}, TypeError, "fold must be a string, one of 'auto', 'always'; got True (bool)."),
         (None, {"memory_buget": 0.5}, ValueError, "Did you mean 'memory_budget'?"),
         (None, {"max_autotun": True}, ValueError, "Did you mean 'max_autotune'?"),
         (None, {3: True}, ValueError, "Unknown option: 3 is neither an option of convbn_tune nor an Inductor"),

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from convbn_compile import _torch
-from convbn_compile._aten import ConvolutionBackward, aten, bind
+from convbn_compile._aten import aten, bind
 from convbn_compile._splice import splice
 
 
@@ -62,9 +62,14 @@ def match(node: Node) -> Match | None:
     if not all(isinstance(number, int) and number >= 0 for number in pad):
         return None
     readers = tuple(user for user in arguments["self"].users if _torch.is_backward(user))
-    if not readers or any(ConvolutionBackward.of(reader) for reader in readers):
+    if not readers or any(_is_convolution(reader) for reader in readers):
         return None
-    return Match(node, pad, readers) if any(ConvolutionBackward.of(user) for user in node.users) else None
+    kept = any(_is_convolution(user) for user in node.users)
+    return Match(node, pad, readers) if kept else None
+
+
+def _is_convolution(node: Node) -> bool:
+    return node.target is aten.convolution_backward.default
 
 
 def rewrite(found: Match) -> None:
