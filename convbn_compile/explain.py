@@ -35,11 +35,11 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Report:
     Examples:
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU()).eval()
         >>> print(explain(net, torch.zeros(1, 3, 8, 8)))
-        batch norm    outcome    because
-        ------------  ---------  ---------
-        1             folded
+        norm    kind        outcome    because
+        ------  ----------  ---------  ---------
+        1       batch norm  folded
         <BLANKLINE>
-        folded 1 of 1 batch norms; saved for backward 0.00 MiB -> 0.00 MiB
+        folded 1 of 1 norms; saved for backward 0.00 MiB -> 0.00 MiB
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain needs a torch.nn.Module, got {model!r} ({type(model).__name__}).")

@@ -110,7 +110,7 @@ class Report:
     def __str__(self) -> str:
         rows = [(rewrite.module, rewrite.kind, "folded", "") for rewrite in self.rewrites]
         rows += [(refusal.module, refusal.kind, "left alone", refusal.reason) for refusal in self.refused]
-        return f"{tabulate(rows, headers=('norm', 'kind', 'outcome', 'because'))}\n\n{self.summary()}"
+        return f"{tabulate(rows, headers=('norm', 'kind', 'outcome', 'because'), disable_numparse=True)}\n\n{self.summary()}"
 
 
 def _sum(numbers: Sequence[int | None]) -> int | None:

@@ -51,7 +51,7 @@ def test_the_same_model_hits_both_caches_and_is_told_the_same(cache):
     assert second["graph hits"] >= 1
     assert second["lines"] == first["lines"]
     assert len(first["lines"]) == 1
-    assert first["lines"][0].startswith("tune: folded 1 of 2 batch norms; saved for backward")
+    assert first["lines"][0].startswith("tune: folded 1 of 2 norms; saved for backward")
 
 
 @pytest.mark.parametrize("options", [{"mode": "eval"}, {"memory_budget": 0.5}, {"merge_branches": False}])

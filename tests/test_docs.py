@@ -17,7 +17,7 @@ def test_code_runs(page, capsys):
     for block in blocks:
         exec(compile(block, str(page), "exec"), namespace)
     if page.name == "README.md":
-        assert "folded 2 of 2 batch norms" in capsys.readouterr().out
+        assert "folded 2 of 2 norms" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
