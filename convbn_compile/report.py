@@ -110,7 +110,8 @@ class Report:
     def __str__(self) -> str:
         rows = [(rewrite.module, rewrite.kind, "folded", "") for rewrite in self.rewrites]
         rows += [(refusal.module, refusal.kind, "left alone", refusal.reason) for refusal in self.refused]
-        return f"{tabulate(rows, headers=('norm', 'kind', 'outcome', 'because'), disable_numparse=True)}\n\n{self.summary()}"
+        table = tabulate(rows, headers=("norm", "kind", "outcome", "because"), disable_numparse=True)
+        return f"{table}\n\n{self.summary()}"
 
 
 def _sum(numbers: Sequence[int | None]) -> int | None:
