@@ -246,6 +246,7 @@ class BatchNorm:
     node: Node
     input: Node
     training: bool
+    has_statistics: bool
 
     @classmethod
     def of(cls, node: Node) -> BatchNorm | None:
@@ -254,7 +255,8 @@ class BatchNorm:
         if training is _MISSING:
             return None
         arguments = bind(node)
-        return cls(node, arguments["input"], arguments["training"] if training is None else training)
+        training = arguments["training"] if training is None else training
+        return cls(node, arguments["input"], training, arguments.get("running_mean") is not None)
 
 
 _MISSING = object()
@@ -297,6 +299,19 @@ def linear_operators(graph: Graph) -> Iterator[LinearOperator]:
         op = LinearOperator.of(node)
         if op is not None and not _torch.is_backward(node):
             yield op
+
+
+def is_kept(node: Node) -> bool:
+    """True if a linear operator reads the node, or a view of it, in backward: it is saved, or made from what is."""
+    readers = [reader for reader in node.users if _torch.is_backward(reader)]
+    if any(reader.target in _LINEAR_IN_BACKWARD for reader in readers):
+        return True
+    return any(is_kept(user) for user in node.users if _torch.is_view(user))
+
+
+_LINEAR_IN_BACKWARD = frozenset(
+    {aten.convolution_backward.default, aten.mm.default, aten.addmm.default, aten.bmm.default}
+)
 
 
 def value(node: Node) -> Tensor:

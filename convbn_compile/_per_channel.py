@@ -64,14 +64,14 @@ def apply(steps: Steps, scale: Value, shift: Value) -> tuple[Value, Value]:
     """Scale and shift after the steps; numbers as long as no step brings a tensor in."""
     for step in steps:
         if isinstance(step, Shift):
-            shift = _plus(shift, _times(step.operand, step.factor))
+            shift = plus(shift, times(step.operand, step.factor))
         else:
             operand = 1 / step.operand if step.inverse else step.operand
-            scale, shift = _times(scale, operand), _times(shift, operand)
+            scale, shift = times(scale, operand), times(shift, operand)
     return scale, shift
 
 
-def _times(first: Value, second: Value) -> Value:
+def times(first: Value, second: Value) -> Value:
     """The product, without a node for a factor that is the number 1 or 0."""
     for one, other in ((first, second), (second, first)):
         if not isinstance(one, Tensor) and one in (0, 1):
@@ -79,7 +79,7 @@ def _times(first: Value, second: Value) -> Value:
     return first * second
 
 
-def _plus(first: Value, second: Value) -> Value:
+def plus(first: Value, second: Value) -> Value:
     """The sum, without a node for a term that is the number 0."""
     for one, other in ((first, second), (second, first)):
         if not isinstance(one, Tensor) and one == 0:

@@ -348,7 +348,7 @@ def compile_in_place(module: nn.Module, **kwargs: Any) -> None:
     them by the same wrap_inline (torch 2.13, eval_frame.py).
     """
     module.compile(**kwargs)
-    if type(module).forward.__module__.startswith("torch.nn."):
+    if (type(module).forward.__module__ or "").startswith("torch.nn."):
         module._compiled_call_impl = torch.compile(wrap_inline(module._call_impl), **kwargs)
 
 

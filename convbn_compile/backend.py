@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, fx
@@ -67,17 +68,21 @@ def _tell(report: Report | None, options: Options) -> None:
         return
     logger.info("%s: %s", options.mode.value, report.summary())
     if options.mode is Mode.TUNE and report.norms and not report.folded:
-        warnings.warn(_nothing_folded(report), stacklevel=2)
+        warn_once(_nothing_folded(report))
+
+
+@lru_cache
+def warn_once(message: str) -> None:
+    """Warn, unless the same was said before: Dynamo resets what Python's own filter has seen."""
+    warnings.warn(message, stacklevel=2)
 
 
 def _nothing_folded(report: Report) -> str:
-    first, *_ = report.refused
+    """The same words for every graph with the same reason."""
+    reason = next(iter(report.reasons()))
     advice = (
         "Freeze it before compiling: convbn_compile.turn_on(model), or convbn_compile.freeze_batch_norm(model)."
-        if "batch statistics" in first.reason
+        if "training mode" in reason
         else "convbn_compile.explain(model, *inputs) lists every one."
     )
-    return (
-        f"convbn_tune folded none of the {report.norms} batch norms of this graph; it trains as with plain Inductor. "
-        f"{first.module}: {first.reason}. {advice}"
-    )
+    return f"convbn_tune folded no batch norm of a graph, which trains as with plain Inductor: {reason}. {advice}"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from convbn_compile import _torch
 from convbn_compile.lowering import lower
@@ -19,7 +20,7 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Report:
     """What mode="tune" folds in a model and what not, why, and the bytes saved for backward before and after.
 
     Runs the forward pass once, eagerly, under the grad mode of the caller; the compile caches are not used. Inputs,
-    parameters, buffers and the random state are put back, gradients are not touched.
+    parameters, buffers and the random state are put back, gradients are not touched; lazy modules are initialised.
 
     Args:
         model: the module; its training flags decide which batch norms run on batch statistics.
@@ -43,21 +44,25 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain needs a torch.nn.Module, got {model!r} ({type(model).__name__}).")
+    model = getattr(model, "_orig_mod", model)
     reports: list[Report] = []
     options = Options(lowering=Lowering.AOT_EAGER)
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Tensor]) -> _torch.CompiledFunction:
         return lower(gm, example_inputs, options, reports.append, measure=True)
 
+    def call(*inputs: Any, **kwargs: Any) -> Any:  # a function of its own: what is compiled here is not the model's
+        return model(*inputs, **kwargs)
+
     with _unchanged(model, (inputs, kwargs)), _torch.no_recompile_limit():
-        torch.compile(model, backend=backend)(*inputs, **kwargs)
+        torch.compile(call, backend=backend)(*inputs, **kwargs)
     return Report.sum(reports)
 
 
 @contextlib.contextmanager
 def _unchanged(model: nn.Module, inputs: Any) -> Iterator[None]:
     """Run the model uncompiled inside, and undo what a forward pass does to tensors and to the random state."""
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if not is_lazy(tensor)]
     tensors += _torch.tensors_in(inputs)
     kept = [(tensor, _version(tensor), tensor.detach().clone()) for tensor in tensors]
     bound = [(tensor_of, dict(tensor_of)) for module in model.modules() for tensor_of in _tensors_of(module)]

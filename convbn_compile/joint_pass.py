@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +23,11 @@ from convbn_compile.report import Kind, NoMatch, Refusal, Report, Rewrite
 
 @dataclass(frozen=True)
 class Norm:
-    """A batch norm of the graph, decomposed: its path, and the nodes that are its input and its output now."""
+    """A batch norm of the graph, decomposed: what it was, and the nodes that are its input and its output now."""
 
     path: str
     training: bool
+    has_statistics: bool
     input: Node
     output: Node | None
 
@@ -74,7 +75,7 @@ def decompose_batch_norms(graph: Graph) -> list[Norm]:
             norm = BatchNorm.of(node)
             normalised = _decompose(node, table[node.target])
             if norm is not None:
-                norms.append(Norm(path(node), norm.training, norm.input, normalised))
+                norms.append(Norm(path(node), norm.training, norm.has_statistics, norm.input, normalised))
     graph.eliminate_dead_code()
     return norms
 
@@ -83,7 +84,8 @@ def _rewrite(graph: Graph, norms: Sequence[Norm], fold: Fold) -> Report:
     """Apply the identities, in order."""
     cancel_aliases(graph)
     graph.eliminate_dead_code()
-    outcomes = [_fold(follow(op), fold) for op in linear_operators(graph)]
+    written = _torch.mutated_inputs(graph)
+    outcomes = [_fold(follow(op), fold, written) for op in linear_operators(graph)]
     _torch.stable_topological_sort(graph)
     graph.eliminate_dead_code()
     _apply(mask_of_clamp, graph)
@@ -93,9 +95,9 @@ def _rewrite(graph: Graph, norms: Sequence[Norm], fold: Fold) -> Report:
     return _report(norms, outcomes)
 
 
-def _fold(region: Region, fold: Fold) -> Outcome:
+def _fold(region: Region, fold: Fold, written: Collection[Node]) -> Outcome:
     """Fold what is made of a linear operator's output, or say why not."""
-    found = affine_of_linear.match(region)
+    found = affine_of_linear.match(region, written)
     if isinstance(found, NoMatch):
         return Outcome(region, found.reason)
     objection = cost.objection(found) if fold is Fold.AUTO else None
@@ -136,6 +138,8 @@ def _report(norms: Sequence[Norm], outcomes: Sequence[Outcome]) -> Report:
 
 def _reason(norm: Norm, made_of: Mapping[Node, Outcome]) -> str | None:
     """Why a norm was not folded; None if it was."""
+    if not norm.has_statistics:
+        return "it has no running statistics, so that it runs on batch statistics in eval mode, too"
     if norm.training:
         return "it runs on batch statistics (training mode)"
     if norm.output is None:
@@ -178,7 +182,7 @@ def save_reads_of_mutated_inputs(graph: Graph) -> None:
         if _torch.is_view(reader):
             readers += reader.users
         elif reader.op == "call_function":
-            reader.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
+            reader.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 def _decompose(node: Node, rule: Callable[..., Any]) -> Node | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any, TypeVar
 
 from torch import nn
@@ -21,9 +21,10 @@ def turn_on(model: Model, mode: str = "tune", *, skip: Collection[str] = (), **o
 
     Args:
         model: the module to compile.
-        mode: tune, eval or deploy, which freeze batch norm, or train, which leaves it on batch statistics.
+        mode: tune, eval or deploy, which freeze batch norm, or train, which leaves it on batch statistics; or one of
+            Inductor's presets, which means tune.
         skip: module paths of batch norms that are not frozen, such as ("head.bn",).
-        options: lowering, memory_budget, merge_branches, and Inductor configuration keys.
+        options: lowering, memory_budget, merge_branches, fold, and Inductor configuration keys.
 
     Returns:
         The same model.
@@ -47,11 +48,12 @@ def turn_on(model: Model, mode: str = "tune", *, skip: Collection[str] = (), **o
             "turn_on: the model is already compiled, by turn_on or by nn.Module.compile(). "
             "Call convbn_compile.turn_off(model) first."
         )
-    if not any(True for _ in _batch_norms(model)):
-        raise ValueError(_no_batch_norm("turn_on", model))
-    if parsed.mode is not Mode.TRAIN:
-        _freeze(model, skip, by_turn_on=True)
-    _torch.compile_in_place(model, backend="convbn_tune", options={**options, "mode": parsed.mode.value})
+    norms = _norms_to_freeze(model, skip, "turn_on")
+    _torch.compile_in_place(model, backend="convbn_tune", options={**options, "mode": mode})
+    _release(model)
+    model.__dict__[_HELD] = [] if parsed.mode is Mode.TRAIN else norms
+    for module in model.__dict__[_HELD]:
+        _stand_in(module).held += 1
     return model
 
 
@@ -69,12 +71,10 @@ def turn_off(model: Model) -> Model:
         TypeError: `model` is not a module.
     """
     _check_model(model, "turn_off")
-    frozen = [module for module in model.modules() if (train := _frozen(module)) is not None and train.by_turn_on]
-    if not frozen and not _torch.is_compiled_in_place(model):
+    if _HELD not in model.__dict__:
         raise ValueError("turn_off: the model is not on. Call convbn_compile.turn_on(model) first.")
     _torch.undo_compile(model)
-    for module in frozen:
-        _unfreeze_one(module)
+    _release(model)
     return model
 
 
@@ -100,9 +100,8 @@ def freeze_batch_norm(model: Model, *, skip: Collection[str] = ()) -> Model:
         False
     """
     _check_model(model, "freeze_batch_norm")
-    if not any(True for _ in _batch_norms(model)):
-        raise ValueError(_no_batch_norm("freeze_batch_norm", model))
-    _freeze(model, skip, by_turn_on=False)
+    for module in _norms_to_freeze(model, skip, "freeze_batch_norm"):
+        _stand_in(module).frozen = True
     return model
 
 
@@ -122,34 +121,51 @@ def unfreeze_batch_norm(model: Model) -> Model:
         TypeError: `model` is not a module.
     """
     _check_model(model, "unfreeze_batch_norm")
-    frozen = [module for module in model.modules() if (train := _frozen(module)) is not None and not train.by_turn_on]
+    frozen = [train for module in model.modules() if (train := _frozen(module)) is not None and train.frozen]
     if not frozen:
         raise ValueError(
             "unfreeze_batch_norm: freeze_batch_norm froze no batch norm of this model. "
             "What turn_on froze, convbn_compile.turn_off(model) unfreezes."
         )
-    for module in frozen:
-        _unfreeze_one(module)
+    for train in frozen:
+        train.frozen = False
+        train.step_back()
     return model
 
 
-class _StayInEval:
-    """Stands in for a batch norm's train(): remembers the mode that is asked for, and stays in eval mode."""
+_HELD = "_norms_held_by_turn_on"
+"""Where turn_on leaves, in a model's __dict__, the batch norms that it keeps frozen."""
 
-    def __init__(self, module: nn.Module, *, by_turn_on: bool) -> None:
+
+class _StayInEval:
+    """Stands in for a batch norm's train(): remembers the mode that is asked for, and stays in eval mode.
+
+    Attributes:
+        frozen: freeze_batch_norm asks for it.
+        held: how many models that are on ask for it.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.by_turn_on = by_turn_on
-        self.asked_for = module.training
+        self.frozen = False
+        self.held = 0
+        self.training_before = module.training
+        self.asked_for: bool | None = None
+        module.training = False
+        module.__dict__["train"] = self
 
     def __call__(self, mode: bool = True) -> nn.Module:  # noqa: FBT001, FBT002  as nn.Module.train
         self.asked_for = mode
         return self.module
 
-
-def _batch_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        if isinstance(module, _torch.BatchNormModule):
-            yield name, module
+    def step_back(self) -> None:
+        """Give the module its own train() back, unless somebody still needs it frozen."""
+        if self.frozen or self.held:
+            return
+        del self.module.__dict__["train"]
+        self.module.training = self.training_before
+        if self.asked_for is not None:
+            self.module.train(self.asked_for)
 
 
 def _frozen(module: nn.Module) -> _StayInEval | None:
@@ -157,29 +173,37 @@ def _frozen(module: nn.Module) -> _StayInEval | None:
     return train if isinstance(train, _StayInEval) else None
 
 
-def _freeze(model: nn.Module, skip: Collection[str], *, by_turn_on: bool) -> None:
-    """Freeze all or nothing."""
-    norms = dict(_batch_norms(model))
+def _stand_in(module: nn.Module) -> _StayInEval:
+    return _frozen(module) or _StayInEval(module)
+
+
+def _release(model: nn.Module) -> None:
+    """Let go of what turn_on holds."""
+    for module in model.__dict__.pop(_HELD, []):
+        train = _frozen(module)
+        if train is not None:
+            train.held -= 1
+            train.step_back()
+
+
+def _norms_to_freeze(model: nn.Module, skip: Collection[str], caller: str) -> list[nn.Module]:
+    """The batch norms of a model, each once, without those to skip; checked."""
+    modules = model.named_modules(remove_duplicate=False)
+    norms = {name: module for name, module in modules if isinstance(module, _torch.BatchNormModule)}
+    if not norms:
+        raise ValueError(_no_batch_norm(caller, model))
     unknown = sorted(set(skip) - set(norms))
     if unknown:
         raise ValueError(f"skip names {unknown[0]!r}, which is no batch norm of this model. There are: {_some(norms)}.")
-    chosen = {name: module for name, module in norms.items() if name not in skip}
+    skipped = [norms[name] for name in skip]
+    chosen = {name: module for name, module in norms.items() if not any(module is other for other in skipped)}
     for name, module in chosen.items():
         if module.running_mean is None or module.running_var is None:
             raise ValueError(
                 f"{name or 'the model'}: running_mean is None, so its eval mode would still use batch statistics. "
                 f"Build it with track_running_stats=True, or pass skip=({name!r},)."
             )
-    for module in chosen.values():
-        if _frozen(module) is None:
-            train = _StayInEval(module, by_turn_on=by_turn_on)
-            module.training = False
-            module.__dict__["train"] = train
-
-
-def _unfreeze_one(module: nn.Module) -> None:
-    train = module.__dict__.pop("train")
-    module.training = train.asked_for
+    return list(dict.fromkeys(chosen.values()))
 
 
 def _check_model(model: Any, caller: str) -> None:

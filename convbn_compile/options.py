@@ -31,10 +31,10 @@ class Mode(str, Enum):
         """A mode from its name, in any case."""
         if not isinstance(mode, str):
             raise TypeError(f"mode must be a string, one of {_names(cls)}; got {mode!r} ({type(mode).__name__}).")
-        try:
-            return cls(mode.lower())
-        except ValueError:
-            raise ValueError(f"Unknown mode {mode!r}. {_nearest(mode, [item.value for item in cls])}") from None
+        if mode.lower() not in _values(cls):
+            known = [*_values(cls), *_torch.inductor_presets()]
+            raise ValueError(f"Unknown mode {mode!r}. {_nearest(mode, known)}")
+        return cls(mode.lower())
 
 
 class Lowering(str, Enum):
@@ -86,15 +86,15 @@ class Options:
         if options is not None and not isinstance(options, Mapping):
             raise TypeError(f"options must be a dict, got {options!r} ({type(options).__name__}).")
         given = dict(options or {})
+        if mode is not None and "mode" in given:
+            raise ValueError(f"mode is given twice: mode={mode!r} and options['mode']={given['mode']!r}.")
+        mode = given.pop("mode", mode)
+        presets = _torch.inductor_presets()
         preset: dict[str, Any] = {}
-        if mode is not None:
-            if "mode" in given:
-                raise ValueError(f"mode is given twice: mode={mode!r} and options['mode']={given['mode']!r}.")
-            presets = _torch.inductor_presets()
-            if mode in presets:
-                preset = presets[mode]
-            else:
-                given["mode"] = _parse_mode_or_preset(mode, presets)
+        if isinstance(mode, str) and mode in presets:
+            preset = presets[mode]
+        elif mode is not None:
+            given["mode"] = mode
         ours = {key: check(given.pop(key)) for key, check in _CHECKS.items() if key in given}
         parsed = cls(**ours, inductor={**preset, **_inductor_options(given)})
         _warn_of_no_effect(parsed)
@@ -108,12 +108,6 @@ def _warn_of_no_effect(options: Options) -> None:
             f'lowering="aot_eager" generates no code, so these Inductor options have no effect: {", ".join(ignored)}.',
             stacklevel=3,
         )
-
-
-def _parse_mode_or_preset(mode: Any, presets: Iterable[str]) -> Mode:
-    if isinstance(mode, str) and mode.lower() not in _values(Mode):
-        raise ValueError(f"Unknown mode {mode!r}. {_nearest(mode, [*_values(Mode), *presets])}")
-    return Mode.parse(mode)
 
 
 Choice = typing.TypeVar("Choice", Lowering, Fold)
@@ -164,8 +158,7 @@ def _inductor_options(given: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in given.items():
         name = key.replace("-", "_") if isinstance(key, str) else key
         if name not in known:
-            what = "is neither an option of convbn_tune nor an Inductor configuration key"
-            raise ValueError(f"Unknown option: {key!r} {what}. {_nearest(str(key), [*_CHECKS, *known])}")
+            raise ValueError(f"Unknown option: {key!r} {_unknown(str(key), known)}")
         kind = _torch.inductor_type(name)
         if typing.get_origin(kind) is None and not isinstance(value, kind):
             raise TypeError(f"Option {key!r} must be of type {kind.__name__}, got {value!r} ({type(value).__name__}).")
@@ -181,9 +174,21 @@ def _names(kind: type[Enum]) -> str:
     return ", ".join(repr(name) for name in _values(kind))
 
 
+def _unknown(key: str, known: Iterable[str]) -> str:
+    """What an option that nobody knows may have been meant to be."""
+    if key in ("fullgraph", "dynamic", "disable", "backend", "options"):
+        return f"is an argument of torch.compile, not an option: torch.compile(..., {key}=...)."
+    what = "is neither an option of convbn_tune nor an Inductor configuration key."
+    return f"{what} {_nearest(key, [*_CHECKS, *known])}"
+
+
 def _nearest(name: str, known: Iterable[str]) -> str:
-    """A hint: the nearest known name, or all if they are few."""
+    """A hint: the nearest known name if there is one, and all if they are few."""
     known = list(known)
-    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)
-    hint = f"Did you mean {close[0]!r}?" if close else ""
-    return f"{hint} Known: {', '.join(map(repr, known))}." if len(known) < 12 else hint
+    close = difflib.get_close_matches(name.lower(), known, n=1)
+    hints = [f"Did you mean {close[0]!r}?"] if close else []
+    if len(known) < 12:
+        hints.append(f"Known: {', '.join(map(repr, known))}.")
+    elif not close:
+        hints.append(f"Options of convbn_tune: {', '.join(map(repr, _CHECKS))}.")
+    return " ".join(hints)

@@ -9,11 +9,23 @@ import torch
 from support import randomise
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+
+class Checkpointed(nn.Module):
+    """Two models that differ in the body of a checkpoint only."""
+
+    def __init__(self, conv, norm, relu, *, relu_first):
+        super().__init__()
+        self.body = nn.Sequential(conv, relu, norm) if relu_first else nn.Sequential(conv, norm, relu)
+
+    def forward(self, x):
+        return checkpoint(self.body, x, use_reentrant=False)
 
 
 def main():
     options = json.loads(sys.argv[1])
-    train = options.pop("train", False)
+    train, checkpointed = options.pop("train", False), options.pop("checkpointed", None)
 
     lines = []
     handler = logging.Handler()
@@ -23,6 +35,8 @@ def main():
 
     torch.manual_seed(0)
     model = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4))).train(train)
+    if checkpointed is not None:
+        model = Checkpointed(*model[:3], relu_first=checkpointed == "relu first")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         compiled = torch.compile(model, backend="convbn_tune", options=options)

@@ -6,12 +6,15 @@ import torch._functorch.config
 import torch._inductor.config
 from saved_bytes import declare_torchvision_operators
 
+from convbn_compile.backend import warn_once
+
 declare_torchvision_operators()
 
 
 @pytest.fixture(autouse=True)
 def _fresh():
     torch._dynamo.reset()
+    warn_once.cache_clear()
     torch.manual_seed(0)
     uncached = torch._inductor.config.patch(fx_graph_cache=False, fx_graph_remote_cache=False)
     with uncached, torch._functorch.config.patch(enable_autograd_cache=False):

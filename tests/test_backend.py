@@ -66,7 +66,7 @@ class Unbatched(nn.Module):
         return self.norm(y.unsqueeze(0) if self.unsqueeze else y)
 
 
-@pytest.mark.filterwarnings("ignore:convbn_tune folded none")
+@pytest.mark.filterwarnings("ignore:convbn_tune folded no batch norm")
 def test_unbatched_convolution_whose_channels_are_not_the_norms_is_left_alone():
     model = randomise(Unbatched(unsqueeze=False).double())
     with counted() as counts:
@@ -132,7 +132,7 @@ def test_every_module_folds(norm):
 # --- gradients of exactly what requires them ---------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:convbn_tune folded none")
+@pytest.mark.filterwarnings("ignore:convbn_tune folded no batch norm")
 @pytest.mark.parametrize("trained", [*itertools.product([True, False], repeat=5)])
 def test_exactly_the_gradients_that_are_required(trained):
     weight, bias, gamma, beta, input = trained
@@ -154,7 +154,7 @@ def test_nothing_is_computed_that_nobody_needs():
     assert not [event.key for event in profile.key_averages() if "convolution_backward" in event.key]
 
 
-@pytest.mark.filterwarnings("ignore:convbn_tune folded none")
+@pytest.mark.filterwarnings("ignore:convbn_tune folded no batch norm")
 def test_frozen_weight_and_trained_gamma_is_left_alone_with_the_cost_as_reason():
     model = pair()
     model[0].weight.requires_grad_(False)
@@ -263,7 +263,7 @@ def norm_first(net, x):
         (norm_first, 0),
     ],
 )
-@pytest.mark.filterwarnings("ignore:convbn_tune folded none")
+@pytest.mark.filterwarnings("ignore:convbn_tune folded no batch norm")
 def test_sharing(function, folded):
     with counted() as counts:
         assert_as_eager(randomise(Net(function).double()), double(2, 4, 6, 6), folded=folded)
@@ -292,6 +292,32 @@ def test_statistics_changed_between_convolution_and_norm():
     assert torch.equal(model.norm.running_mean, other.norm.running_mean)
 
 
+@pytest.mark.filterwarnings("ignore:convbn_tune folded no batch norm")
+@pytest.mark.parametrize("lowering", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("what", ["conv.bias", "norm.bias", "buffer"])
+def test_what_forward_changes_after_the_pair_is_read_as_it_was(what, lowering):
+    """pytorch#197039: the partitioner reads such values again in backward. Eager does not keep these."""
+
+    class Changing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+            self.register_buffer("buffer", torch.randn(4))
+
+        def forward(self, x):
+            bias = self.buffer if what == "buffer" else self.conv.bias
+            y = self.norm(F.conv2d(x, self.conv.weight, bias))
+            with torch.no_grad():
+                dict([*self.named_parameters(), *self.named_buffers()])[what].mul_(0.5).add_(1)
+            return y
+
+    model, x = randomise(Changing().double()), double(2, 4, 6, 6)
+    other = copy.deepcopy(model)
+    assert (
+        max(relative_errors(run(compiled(model, lowering=lowering), model, x), run(other, other, x)).values()) <= 1e-8
+    )
+
+
 def test_an_output_that_the_user_gets_too_is_left_alone():
     class Both(Net):
         def forward(self, x):
@@ -299,7 +325,7 @@ def test_an_output_that_the_user_gets_too_is_left_alone():
             return y, self.norm(y)
 
     model, x = randomise(Both(None).double()), double(2, 4, 6, 6)
-    with counted() as counts, pytest.warns(UserWarning, match="folded none"):
+    with counted() as counts, pytest.warns(UserWarning, match="folded no batch norm"):
         found = compiled(model)(x)
     assert counts.reasons == ["the convolution's output is also read by the caller"]
     torch.testing.assert_close(found, model(x))
@@ -359,6 +385,27 @@ def test_low_precision_does_not_round_the_shift(kind):
     assert error <= 1.5e-3  # eager: 1.1e-3; with a rounded shift: 6e-3
 
 
+@pytest.mark.parametrize("variance", [1e-4, 1e4])
+def test_float16_keeps_to_its_range(variance):
+    """With a scale of 0.01 the gradient of the folded weight is 100 times that of the weight: above 65504 here."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)).eval()
+    model[1].running_var.fill_(variance)
+    x = torch.rand(8, 3, 64, 64) * 255 if variance > 1 else torch.randn(8, 3, 64, 64) * 0.01
+    cotangent = torch.linspace(0.1, 1, 62)
+
+    def gradients(function, *, half):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            (function(x).float() * cotangent).sum().backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    exact, eager = gradients(model, half=False), gradients(model, half=True)
+    for name, gradient in gradients(compiled(model), half=True).items():
+        errors = [(found - exact[name]).norm() / exact[name].norm() for found in (gradient, eager[name])]
+        assert errors[0] <= max(2 * errors[1], 1e-3), name
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_low_precision_keeps_dtypes(kind):
     model = randomise(low_precision(kind, 1, True))
@@ -407,7 +454,7 @@ def test_a_narrowing_cast_between_is_left_alone():
 
     model = randomise(Narrow(None))
     model.norm.bfloat16()
-    with counted() as counts, pytest.warns(UserWarning, match="folded none"):
+    with counted() as counts, pytest.warns(UserWarning, match="folded no batch norm"):
         compiled(model)(torch.randn(2, 4, 6, 6)).sum().backward()
     assert counts.reasons == ["its input comes from prims.convert_element_type, not from a convolution or linear layer"]
 
@@ -470,7 +517,7 @@ def test_depthwise_weights_keep_their_layout_through_inductor():
 
 
 @pytest.mark.parametrize("lowering", ["aot_eager", "inductor"])
-@pytest.mark.filterwarnings("ignore:convbn_tune folded none")
+@pytest.mark.filterwarnings("ignore:convbn_tune folded no batch norm")
 def test_batch_statistics_are_left_alone_and_updated_as_eager_does(lowering):
     model = pair(nn.Conv2d(4, 8, 3, bias=False)).train()
     other, x = copy.deepcopy(model), double(4, 4, 8, 8)
@@ -562,7 +609,7 @@ def hooked_output(net, x):
 @pytest.mark.parametrize(
     "function", [checkpointed, norm_alone_checkpointed, in_a_branch, weight_halved_in_forward, hooked_output]
 )
-@pytest.mark.filterwarnings("ignore:convbn_tune folded none", "ignore::UserWarning:torch")
+@pytest.mark.filterwarnings("ignore:convbn_tune folded no batch norm", "ignore::UserWarning:torch")
 def test_around_a_pair(function, lowering):
     model, x = randomise(Net(function).double()), double(2, 4, 6, 6)
     other = copy.deepcopy(model)

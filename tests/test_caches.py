@@ -73,5 +73,14 @@ def test_a_warning_survives_the_cache(cache):
     first, second = probe(folder, train=True), probe(folder, train=True)
     assert counted(second, HIT) == HIT
     assert len(first["warnings"]) == 1
-    assert "folded none of the 2 batch norms" in first["warnings"][0]
+    assert "folded no batch norm" in first["warnings"][0]
     assert second["warnings"] == first["warnings"]
+
+
+def test_models_that_differ_inside_a_checkpoint_have_reports_of_their_own(tmp_path):
+    orders = ("norm first", "relu first", "norm first")
+    first, second, third = (probe(tmp_path, checkpointed=order) for order in orders)
+    assert "folded 1 of 1" in first["lines"][0]
+    assert "folded 0 of 1" in second["lines"][0]
+    assert third["lines"] == first["lines"]
+    assert not third["warnings"]

@@ -58,6 +58,22 @@ def test_the_model_is_left_as_it_was():
     assert torch.equal(torch.get_rng_state(), torch.get_rng_state())
 
 
+def test_explain_does_not_use_up_the_models_recompilations():
+    model, x = cb.turn_on(pair(), lowering="aot_eager"), double(2, 4, 8, 8)
+    for _ in range(10):
+        cb.explain(model, x)
+    with counted() as counts:
+        model(x)
+    assert counts.graphs == 1
+
+
+def test_lazy_and_compiled_models_are_explained():
+    lazy = nn.Sequential(nn.LazyConv2d(8, 3), nn.BatchNorm2d(8)).eval()
+    assert cb.explain(lazy, torch.randn(2, 4, 8, 8)).folded == 1
+    report = cb.explain(torch.compile(pair(), backend="eager"), double(2, 4, 8, 8))
+    assert [rewrite.module for rewrite in report.rewrites] == ["1"]
+
+
 class Changes(nn.Module):
     """Its forward changes its input, a weight and a buffer in place, and binds another buffer anew."""
 
@@ -131,7 +147,7 @@ def test_graph_breaks_are_summed():
 def test_one_info_line_per_graph_with_the_same_facts(lowering, caplog):
     model, x = randomise(Net(output_read_elsewhere).double()), double(2, 4, 6, 6)
     report = cb.explain(model, x)
-    with caplog.at_level(logging.INFO, "convbn_compile"), pytest.warns(UserWarning, match="folded none"):
+    with caplog.at_level(logging.INFO, "convbn_compile"), pytest.warns(UserWarning, match="folded no batch norm"):
         compiled(model, lowering=lowering)(x)
     lines = [record.getMessage() for record in caplog.records if record.name == "convbn_compile"]
     assert lines == [f"tune: {report.summary()}"]

@@ -125,6 +125,12 @@ def without_statistics():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
 
 
+def compiled_by_the_user():
+    model = net()
+    model.compile(backend="eager")
+    return model
+
+
 NOT_A_MODULE = "needs a torch.nn.Module, got"
 MESSAGES = [
     (lambda: cb.turn_on(nn.Conv2d(3, 4, 3)), ValueError, "turn_on: Conv2d has no nn.BatchNorm1d/2d/3d"),
@@ -139,6 +145,13 @@ MESSAGES = [
     (lambda: cb.turn_on(net(), skip=["bn"]), ValueError, "There are: 1, 3.0."),
     (lambda: cb.turn_on(net(), mode="tun"), ValueError, "Unknown mode 'tun'. Did you mean 'tune'?"),
     (lambda: cb.turn_on(net(), memory_buget=1), ValueError, "Did you mean 'memory_budget'?"),
+    (
+        lambda: cb.turn_on(net(), fullgraph=True),
+        ValueError,
+        "'fullgraph' is an argument of torch.compile, not an option",
+    ),
+    (lambda: cb.turn_on(net(), nonsense_zz=1), ValueError, "Options of convbn_tune: 'mode', 'lowering', "),
+    (lambda: cb.turn_off(compiled_by_the_user()), ValueError, "turn_off: the model is not on."),
     (lambda: cb.turn_on("resnet18"), TypeError, f"turn_on {NOT_A_MODULE} 'resnet18' (str)."),
     (lambda: cb.turn_off(3), TypeError, f"turn_off {NOT_A_MODULE} 3 (int)."),
     (lambda: cb.freeze_batch_norm(None), TypeError, f"freeze_batch_norm {NOT_A_MODULE} None (NoneType)."),
@@ -177,3 +190,57 @@ def test_every_kind_of_module_is_compiled(make):
     with counted() as counts:
         cb.turn_on(make(), lowering="aot_eager")(torch.randn(1, 3, 8, 8).double())
     assert (counts.graphs, counts.folded) == (1, 1)
+
+
+def test_graph_modules_are_compiled():
+    model = torch.fx.symbolic_trace(net())
+    with counted() as counts:
+        cb.turn_on(model, lowering="aot_eager")(torch.randn(1, 3, 8, 8).double())
+    assert counts.folded == 1
+
+
+@pytest.mark.parametrize("preset", ["reduce-overhead", "default"])
+def test_presets_mean_tune(preset):
+    with counted() as counts:
+        cb.turn_on(net(), mode=preset)(torch.randn(1, 3, 8, 8).double()).sum().backward()
+    assert counts.folded == 1
+
+
+def test_a_model_inside_a_model_stays_on():
+    inner = net()
+    outer = nn.Sequential(inner)
+    cb.turn_on(inner)
+    cb.turn_off(cb.turn_on(outer))
+    assert not outer.train()[0][1].training
+    assert cb.turn_off(inner).train()[1].training
+
+
+def test_frozen_after_turn_on_is_frozen_after_turn_off():
+    model = cb.freeze_batch_norm(cb.turn_on(net()))
+    assert not cb.turn_off(model).train()[1].training
+    assert cb.unfreeze_batch_norm(model)[1].training
+
+
+def test_a_copy_can_be_turned_on_and_off():
+    model = cb.turn_on(net())
+    copied = cb.turn_on(copy.deepcopy(model))
+    assert cb.turn_off(copied)[1].training
+    assert not model.train()[1].training
+
+
+class AlwaysEval(nn.BatchNorm2d):
+    def train(self, mode=True):
+        return super().train(False)
+
+
+def test_a_norm_with_a_train_of_its_own_keeps_it():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), AlwaysEval(4).eval(), nn.BatchNorm2d(4))
+    cb.turn_off(cb.turn_on(model).train())
+    assert [model[1].training, model[2].training] == [False, True]
+
+
+def test_skip_takes_any_path_of_a_shared_norm():
+    norm = nn.BatchNorm2d(4)
+    model = nn.ModuleDict({"a": norm, "b": norm, "c": nn.BatchNorm2d(4)})
+    cb.freeze_batch_norm(model, skip=["b"]).train()
+    assert [norm.training, model["c"].training] == [True, False]

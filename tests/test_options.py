@@ -25,6 +25,7 @@ def test_presets_of_inductor_mean_tune_with_that_preset(preset):
     parsed = Options.parse(preset)
     assert parsed.mode is Mode.TUNE
     assert parsed.inductor == torch._inductor.list_mode_options(preset)
+    assert Options.parse(options={"mode": preset}) == parsed
 
 
 def test_unknown_keys_go_to_inductor():
@@ -53,6 +54,12 @@ def test_unknown_keys_go_to_inductor():
         (None, {"fold": "allways"}, ValueError, "Unknown fold 'allways'. Did you mean 'always'?"),
         (None, {"fold": True}, TypeError, "fold must be a string, one of 'auto', 'always'; got True (bool)."),
         (None, {"memory_buget": 0.5}, ValueError, "Did you mean 'memory_budget'?"),
+        (
+            ["tune"],
+            None,
+            TypeError,
+            "mode must be a string, one of 'train', 'eval', 'tune', 'deploy'; got ['tune'] (list).",
+        ),
         (None, {"max_autotun": True}, ValueError, "Did you mean 'max_autotune'?"),
         (None, {3: True}, ValueError, "Unknown option: 3 is neither an option of convbn_tune nor an Inductor"),
         (None, {"max_autotune": 1}, TypeError, "Option 'max_autotune' must be of type bool, got 1 (int)."),

@@ -56,7 +56,7 @@ def test_never_above_plain_inductor(name):
     assert report.saved_bytes_after <= report.saved_bytes_before
 
 
-@pytest.mark.filterwarnings("ignore:convbn_tune folded none")
+@pytest.mark.filterwarnings("ignore:convbn_tune folded no batch norm")
 @pytest.mark.parametrize("trained", ["conv", "norm", "input", "gamma of the last", "everything"])
 def test_never_above_plain_inductor_when_partly_frozen(trained):
     net = nn.Sequential(*(pair(nn.Conv2d(8, 8, 3, padding=1)) for _ in range(3)), nn.ReLU()).requires_grad_(False)

@@ -20,13 +20,14 @@ from, so that nothing needs to be known of what autograd wrote but these three f
 Exact in real arithmetic. In floating point: s, s . w and b' are computed in the widest dtype of the weight and of what
 the map reads, at least float32; s . w is rounded once to the operator's dtype, b' not at all: it is added in the wide
 one, since its rounding would be the same for a whole channel. Under autocast the weight is read before its cast.
+In float16 |c| stays with g, and only its sign goes into the weight: dW' = dw / c need not fit into that range.
 Does not apply if: something else reads the output; the map does not scale, or not along the output channels.
 Source: You et al., Efficient ConvBN Blocks (Tune mode), arXiv 2305.11624, section 3.4 and Table 2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -46,7 +47,18 @@ from convbn_compile._aten import (
 )
 from convbn_compile._channels import scale_output_channels, sum_over_output_channel
 from convbn_compile._layout import REAPPLIED
-from convbn_compile._per_channel import Link, Scale, Steps, apply, operands, to_dtype, upwards, with_tensors
+from convbn_compile._per_channel import (
+    Link,
+    Scale,
+    Steps,
+    apply,
+    operands,
+    plus,
+    times,
+    to_dtype,
+    upwards,
+    with_tensors,
+)
 from convbn_compile._region import Region
 from convbn_compile._splice import reapply, replace, splice
 from convbn_compile.report import NoMatch
@@ -78,16 +90,33 @@ def before(input: Tensor, weight: Tensor, bias: Tensor | None, steps: Steps, *, 
 
 
 def fold(
-    weight: Tensor, bias: Tensor | None, steps: Steps, *, conv: LinearParams, channels: int, dtype: torch.dtype
+    weight: Tensor,
+    bias: Tensor | None,
+    steps: Steps,
+    *,
+    conv: LinearParams,
+    channels: int,
+    dtype: torch.dtype,
+    in_backward: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """s . w in `dtype`, and b' in that of the steps' operands; None if it is 0."""
+    """s . w in `dtype`, and b' in the wide one, None if it is 0; in backward, without what stays with g."""
     wide = _wide(weight, steps)
     scale, shift = apply(to_dtype(steps, wide), 1.0, 0.0 if bias is None else bias.to(wide))
+    if in_backward:
+        scale = _over(scale, stays(scale, dtype))
     folded_weight = _scaled(weight.to(wide), scale, conv=conv, channels=channels).to(dtype)
     if weight.dim() > 2 and weight.shape[1] == 1:
         # any stride is right for that axis, but convolutions read the layout from it
         folded_weight = folded_weight.as_strided(folded_weight.shape, folded_weight.stride())
     return folded_weight, shift.expand(channels) if isinstance(shift, Tensor) else None
+
+
+def stays(scale: Tensor | float, dtype: torch.dtype) -> Tensor | float:
+    """What of c stays with g in backward instead of going into the weight: in float16 |c|, within limits."""
+    if dtype is not torch.float16:
+        return 1.0
+    least, most = 2.0**-8, 2.0**8
+    return scale.abs().clamp(least, most) if isinstance(scale, Tensor) else min(max(abs(scale), least), most)
 
 
 def forward(input: Tensor, folded_weight: Tensor, shift: Tensor | None, *, conv: LinearParams) -> Tensor:
@@ -109,7 +138,7 @@ def backward(
     *,
     conv: LinearParams,
     needs: Needs,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor]]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Any]]:
     """Gradients of input, weight and bias, None where not needed, and a sum [C_out] for each product.
 
     Args:
@@ -125,18 +154,19 @@ def backward(
     """
     wide = _wide(weight, scales, *(steps for pair in products for steps in pair))
     channels = grad_output.shape[1]
-    narrow = grad_output.to(folded_weight.dtype)
+    scale, _ = apply(to_dtype(scales, wide), 1.0, 0.0)
+    kept = stays(scale, folded_weight.dtype)
+    narrow = _times_channel(grad_output, kept).to(folded_weight.dtype)
     grad_input = grad_folded = grad_weight = grad_bias = None
-    sums: list[Tensor] = []
+    sums: list[Any] = []
     if needs.input or needs.weight or products:
         needs_weight = needs.weight or bool(products)
         grad_input, grad_folded = conv.backward(
             narrow, input, folded_weight, needs_input=needs.input, needs_weight=needs_weight
         )
-    scale, _ = apply(to_dtype(scales, wide), 1.0, 0.0)
     if needs.weight:
         assert grad_folded is not None
-        grad_weight = _scaled(grad_folded.to(wide), scale, conv=conv, channels=channels)
+        grad_weight = _scaled(grad_folded.to(wide), _over(scale, kept), conv=conv, channels=channels)
     if not needs.bias and not products:
         return grad_input, grad_weight, None, sums
     grad_shift = grad_output.sum([0, *range(2, grad_output.dim())], dtype=wide)
@@ -146,10 +176,11 @@ def backward(
         return grad_input, grad_weight, grad_bias, sums
     assert grad_folded is not None
     inner = sum_over_output_channel(grad_folded.to(wide) * weight.to(wide), conv)
+    inner = _over(inner, kept)
     for affine, scaling in products:
         p, a = apply(to_dtype(affine, wide), 1.0, 0.0 if bias is None else bias.to(wide))
         q, _ = apply(to_dtype(scaling, wide), 1.0, 0.0)
-        sums.append((inner * p + grad_shift * a) * q)
+        sums.append(times(plus(times(inner, p), times(grad_shift, a)), q))
     return grad_input, grad_weight, grad_bias, sums
 
 
@@ -157,6 +188,17 @@ def _scaled(weight: Tensor, scale: Tensor | float, *, conv: LinearParams, channe
     if isinstance(scale, Tensor):
         return scale_output_channels(weight, scale.expand(channels), conv)
     return weight if scale == 1 else weight * scale
+
+
+def _over(value: Any, divisor: Tensor | float) -> Any:
+    """The quotient, without a node for a divisor that is the number 1."""
+    return value if isinstance(divisor, float) and divisor == 1 else value / divisor
+
+
+def _times_channel(grad: Tensor, factor: Tensor | float) -> Tensor:
+    if isinstance(factor, Tensor):
+        return grad * factor.reshape(-1, *(1,) * (grad.dim() - 2))
+    return grad if factor == 1 else grad * factor
 
 
 def _wide(weight: Tensor, *chains: Steps) -> torch.dtype:
@@ -194,8 +236,8 @@ class Match:
         return Needs(*(gradient is not None for gradient in gradients))
 
 
-def match(region: Region) -> Match | NoMatch:
-    """The match of a region, or why there is none."""
+def match(region: Region, written: Collection[Node] = ()) -> Match | NoMatch:
+    """The match of a region, or why there is none; `written` are the inputs that forward writes to."""
     op, output = region.op, region.output
     if output is None or _torch.is_backward(output.node):
         return NoMatch("nothing reads its output")
@@ -207,6 +249,8 @@ def match(region: Region) -> Match | NoMatch:
         return NoMatch(f"the {op.name}'s stride, padding or dilation is computed in the graph")
     if not region.products:
         return Match(region, None, ())
+    if op.bias is not None and before_cast(op.bias) in written:
+        return NoMatch(f"forward changes the {op.name}'s bias in place, which backward would read")
     adjoints: Sequence[Adjoint | None] = op.adjoints() or [None]
     for adjoint in adjoints:
         links = _common_gradient(region, adjoint)
@@ -255,14 +299,14 @@ def rewrite(found: Match) -> None:
         _rewrite_backward(found)
 
 
-def _splice_fold(op: LinearOperator, steps: Steps, *, before: Node) -> list[Node | None]:
+def _splice_fold(op: LinearOperator, steps: Steps, *, before: Node, in_backward: bool = False) -> list[Node | None]:
     """Insert c . w and the shift, to be computed again in backward rather than saved."""
     nodes, conv = operands(steps), op.params
     channels, dtype = value(op.node).shape[1], value(op.weight).dtype
 
     def of_tensors(weight: Tensor, bias: Tensor | None, *tensors: Tensor) -> Any:
         given = with_tensors(steps, dict(zip(nodes, tensors, strict=True)))
-        return fold(weight, bias, given, conv=conv, channels=channels, dtype=dtype)
+        return fold(weight, bias, given, conv=conv, channels=channels, dtype=dtype, in_backward=in_backward)
 
     return splice(of_tensors, *_parameters(op), *nodes, before=before, recompute=True)
 
@@ -285,7 +329,7 @@ def _rewrite_backward(found: Match) -> None:
     for move in own.moves:
         gradient = reapply(move, gradient, before=place)
     if found.needs.input and own.scales:
-        folded_weight, _ = _splice_fold(op, own.scales, before=place)
+        folded_weight, _ = _splice_fold(op, own.scales, before=place, in_backward=True)
     pairs = [(product.affine.all_steps(), link.scales) for product, link in zip(products, others, strict=True)]
     nodes = operands(own.scales, *(steps for pair in pairs for steps in pair))
 

@@ -8,7 +8,7 @@ Legal because padding keeps every entry and cropping takes away what it added. E
 Networks with "same" padding of their own convolve pad(x): the copy is saved for the weight's gradient, and x, or a mask
 made of it, would be saved beside it for the activation before.
 Does not apply if: a pad is negative or computed in the graph; no convolution keeps the copy; nothing in backward reads
-x, or a convolution does, so that x is kept anyway.
+x; or a convolution does, so that x is kept anyway.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from convbn_compile import _torch
-from convbn_compile._aten import aten, bind
+from convbn_compile._aten import aten, bind, is_kept
 from convbn_compile._splice import splice
 
 
@@ -62,14 +62,7 @@ def match(node: Node) -> Match | None:
     if not all(isinstance(number, int) and number >= 0 for number in pad):
         return None
     readers = tuple(user for user in arguments["self"].users if _torch.is_backward(user))
-    if not readers or any(_is_convolution(reader) for reader in readers):
-        return None
-    kept = any(_is_convolution(user) for user in node.users)
-    return Match(node, pad, readers) if kept else None
-
-
-def _is_convolution(node: Node) -> bool:
-    return node.target is aten.convolution_backward.default
+    return Match(node, pad, readers) if readers and is_kept(node) and not is_kept(arguments["self"]) else None
 
 
 def rewrite(found: Match) -> None:

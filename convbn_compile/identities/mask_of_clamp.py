@@ -7,8 +7,8 @@
 
 Legal because a clamp is the identity strictly between its bounds and maps the rest onto them.
 Exact bit for bit, NaN included: it passes through the clamp, and compares false on both sides.
-Where the next convolution keeps z anyway, neither x nor the mask need be saved. Never costs: z is one clamp from x.
-Does not apply if: the bounds are tensors, or a >= b.
+Where the next convolution keeps z, or a padded copy of it, neither x nor the mask need be saved.
+Does not apply if: the bounds are tensors, or a >= b; or nothing keeps z, so that x or what it is made of may be dearer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.fx import Node
 
-from convbn_compile._aten import aten, value
+from convbn_compile._aten import aten, is_kept, value
 
 
 def before(input: Tensor, lower: float, upper: float) -> Tensor:
@@ -55,7 +55,8 @@ def match(node: Node) -> Match | None:
     readers = [reader for same in (source, *_clones(source)) for reader in same.users]
     comparisons = [reader for reader in readers if reader.args[1:] and (reader.target, reader.args[1]) in wanted]
     later = tuple(comparison for comparison in comparisons if node < comparison)
-    return Match(node, later) if later else None
+    copies = [user for user in node.users if user.target is aten.constant_pad_nd.default]
+    return Match(node, later) if later and any(map(is_kept, (node, *copies))) else None
 
 
 def _clones(node: Node) -> list[Node]:

@@ -43,7 +43,8 @@ def test_the_mask_reads_the_output(activation):
     before = operators(module.graph)
     joint_pass.run(module.graph)
     assert len(comparisons_of(module.graph)) == 6
-    assert all("clamp_max" in str(node.target) for node in comparisons_of(module.graph))
+    of_output = [node for node in comparisons_of(module.graph) if "clamp_max" in str(node.target)]
+    assert len(of_output) == 4  # no convolution keeps the last output
     assert operators(module.graph)["aten.le.Scalar"] == before["aten.le.Scalar"]
     assert_as_eager(net(activation), double(2, 4, 8, 8))
 
@@ -58,30 +59,46 @@ def test_what_is_saved():
 class Compared(nn.Module):
     """A user's own comparison and clamp of one tensor."""
 
-    def __init__(self, lower, upper, *, first):
+    def __init__(self, lower, upper, *, first=False, kept=True):
         super().__init__()
-        self.lower, self.upper, self.first = lower, upper, first
+        self.lower, self.upper, self.first, self.kept = lower, upper, first, kept
+        self.weight = nn.Parameter(torch.randn(4, 4).double())
 
     def forward(self, x):
         x = x * 2
-        if self.first:
-            mask = x <= 0.0
-            return x.clamp(self.lower, self.upper) + mask
-        return x.clamp(self.lower, self.upper) + (x <= 0.0)
+        mask = x <= 0.0 if self.first else None
+        clamped = x.clamp(self.lower, self.upper)
+        kept = clamped @ self.weight if self.kept else clamped
+        return kept + (x <= 0.0 if mask is None else mask)
 
 
 @pytest.mark.parametrize(
-    ("lower", "upper", "first", "applies"),
-    [(0.0, 6.0, False, True), (0.0, 6.0, True, False), (1.0, 6.0, False, False), (0.0, None, False, False)],
-    ids=["applies", "comparison before the clamp", "another bound", "one bound"],
+    ("model", "applies"),
+    [
+        (Compared(0.0, 6.0), True),
+        (Compared(0.0, 6.0, first=True), False),
+        (Compared(0.0, 6.0, kept=False), False),
+        (Compared(1.0, 6.0), False),
+        (Compared(0.0, None), False),
+    ],
+    ids=["applies", "comparison before the clamp", "nothing keeps the output", "another bound", "one bound"],
 )
-def test_near_misses(lower, upper, first, applies):
-    model, x = Compared(lower, upper, first=first), double(2, 4)
+def test_near_misses(model, applies):
+    x = double(2, 4)
     module = joint_graph(model, x)
     joint_pass.run(module.graph)
     users = [node for node in comparisons_of(module.graph) if "clamp" in str(node.target)]
     assert bool(users) == applies
     torch.testing.assert_close(compiled(model)(x), model(x), rtol=0, atol=0)
+
+
+def test_a_mask_that_is_cheaper_to_compute_again_is_not_saved():
+    """Nothing keeps the last clamp's output; its input is made of what is saved."""
+    for last in ([nn.SiLU(), nn.ReLU6()], [nn.GELU(), nn.Hardtanh()]):
+        model, x = nn.Sequential(nn.Conv2d(3, 8, 3), *last).double(), double(2, 3, 8, 8)
+        assert saved_for_backward(compiled(model), model, x) <= saved_for_backward(
+            compiled(model, mode="eval"), model, x
+        )
 
 
 def test_bounds_that_cross_are_left_alone():
