@@ -84,8 +84,8 @@ def _rewrite(graph: Graph, norms: Sequence[Norm], fold: Fold) -> Report:
     """Apply the identities, in order."""
     cancel_aliases(graph)
     graph.eliminate_dead_code()
-    written = _torch.mutated_inputs(graph)
-    outcomes = [_fold(follow(op), fold, written) for op in linear_operators(graph)]
+    written, trains = _torch.mutated_inputs(graph), _torch.is_joint(graph)
+    outcomes = [_fold(follow(op), fold, written, trains=trains) for op in linear_operators(graph)]
     _torch.stable_topological_sort(graph)
     graph.eliminate_dead_code()
     _apply(mask_of_clamp, graph)
@@ -95,14 +95,14 @@ def _rewrite(graph: Graph, norms: Sequence[Norm], fold: Fold) -> Report:
     return _report(norms, outcomes)
 
 
-def _fold(region: Region, fold: Fold, written: Collection[Node]) -> Outcome:
+def _fold(region: Region, fold: Fold, written: Collection[Node], *, trains: bool) -> Outcome:
     """Fold what is made of a linear operator's output, or say why not."""
     found = affine_of_linear.match(region, written)
     if isinstance(found, NoMatch):
         return Outcome(region, found.reason)
-    objection = cost.objection(found) if fold is Fold.AUTO else None
+    objection = cost.objection(found, trains=trains) if fold is Fold.AUTO else None
     if objection is None:
-        affine_of_linear.rewrite(found)
+        affine_of_linear.rewrite(found, in_weight=cost.weight_is_smaller(found))
     return Outcome(region, objection)
 
 

@@ -21,6 +21,8 @@ Exact in real arithmetic. In floating point: s, s . w and b' are computed in the
 the map reads, at least float32; s . w is rounded once to the operator's dtype, b' not at all: it is added in the wide
 one, since its rounding would be the same for a whole channel. Under autocast the weight is read before its cast.
 In float16 |c| stays with g, and only its sign goes into the weight: dW' = dw / c need not fit into that range.
+Each scale may also stay where it is, on the output or on g: (1) and (2) hold in both directions, and the output need
+not be saved either way. Which is cheaper depends on the sizes of weight and output.
 Does not apply if: something else reads the output; the map does not scale, or not along the output channels.
 Source: You et al., Efficient ConvBN Blocks (Tune mode), arXiv 2305.11624, section 3.4 and Table 2.
 """
@@ -132,12 +134,13 @@ def backward(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    folded_weight: Tensor,
+    operator_weight: Tensor,
     scales: Steps,
     products: Sequence[tuple[Steps, Steps]],
     *,
     conv: LinearParams,
     needs: Needs,
+    in_weight: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Any]]:
     """Gradients of input, weight and bias, None where not needed, and a sum [C_out] for each product.
 
@@ -146,24 +149,30 @@ def backward(
         input: x.
         weight: w.
         bias: b.
-        folded_weight: c . w in the operator's dtype.
+        operator_weight: c . w in the operator's dtype, or w.
         scales: c.
         products: the steps of each (p, a) and of each q.
         conv: the operator.
         needs: which of the first three are wanted.
+        in_weight: c is in the operator's weight; else it is applied to g, as (2) from right to left has it.
     """
     wide = _wide(weight, scales, *(steps for pair in products for steps in pair))
-    channels = grad_output.shape[1]
+    channels, dtype = grad_output.shape[1], operator_weight.dtype
     scale, _ = apply(to_dtype(scales, wide), 1.0, 0.0)
-    kept = stays(scale, folded_weight.dtype)
-    narrow = _times_channel(grad_output, kept).to(folded_weight.dtype)
+    kept = stays(scale, dtype)
     grad_input = grad_folded = grad_weight = grad_bias = None
     sums: list[Any] = []
-    if needs.input or needs.weight or products:
-        needs_weight = needs.weight or bool(products)
-        grad_input, grad_folded = conv.backward(
-            narrow, input, folded_weight, needs_input=needs.input, needs_weight=needs_weight
+    needs_weight = needs.weight or bool(products)
+    if needs.input and not in_weight:
+        narrow = _times_channel(grad_output, scale).to(dtype)
+        grad_input, _ = conv.backward(narrow, input, operator_weight, needs_input=True, needs_weight=False)
+    needs_input = needs.input and in_weight
+    if needs_input or needs_weight:
+        narrow = _times_channel(grad_output, kept).to(dtype)
+        found, grad_folded = conv.backward(
+            narrow, input, operator_weight, needs_input=needs_input, needs_weight=needs_weight
         )
+        grad_input = found if needs_input else grad_input
     if needs.weight:
         assert grad_folded is not None
         grad_weight = _scaled(grad_folded.to(wide), _over(scale, kept), conv=conv, channels=channels)
@@ -284,8 +293,21 @@ def _before_widening(common: list[list[Link]], dtype: torch.dtype) -> list[Link]
 # --- the splice ----------------------------------------------------------------------------------------------------
 
 
-def rewrite(found: Match) -> None:
-    """Replace the left sides by the right sides in the graph; what is left of the old nodes is dead."""
+def rewrite(found: Match, *, in_weight: bool = True) -> None:
+    """Replace the left sides by the right sides in the graph; what is left of the old nodes is dead.
+
+    Args:
+        found: the match.
+        in_weight: put the scales into the weight. If not, forward stays as it is, and in backward only what reads the
+            output is replaced.
+    """
+    if in_weight:
+        _rewrite_forward(found)
+    if found.region.products:
+        _rewrite_backward(found, in_weight=in_weight)
+
+
+def _rewrite_forward(found: Match) -> None:
     op, output = found.region.op, found.region.output
     assert output is not None
     folded_weight, shift = _splice_fold(op, output.all_steps(), before=output.node)
@@ -295,8 +317,6 @@ def rewrite(found: Match) -> None:
         if affine.node.target in REAPPLIED:
             new = reapply(affine.node, new, before=output.node)
     replace(output.node, new)
-    if found.region.products:
-        _rewrite_backward(found)
 
 
 def _splice_fold(op: LinearOperator, steps: Steps, *, before: Node, in_backward: bool = False) -> list[Node | None]:
@@ -316,7 +336,7 @@ def _parameters(op: LinearOperator) -> tuple[Node, Node | None]:
     return before_cast(op.weight), None if op.bias is None else before_cast(op.bias)
 
 
-def _rewrite_backward(found: Match) -> None:
+def _rewrite_backward(found: Match, *, in_weight: bool) -> None:
     op, adjoint, products = found.region.op, found.adjoint, found.region.products
     if adjoint is None:
         own, others = Link(found.links[0].node, found.links[0].layout), list(found.links)
@@ -325,11 +345,11 @@ def _rewrite_backward(found: Match) -> None:
         own, *others = found.links
         place = adjoint.node
     gradient = own.node
-    folded_weight: Node | None = op.weight
+    operator_weight: Node | None = op.weight
     for move in own.moves:
         gradient = reapply(move, gradient, before=place)
-    if found.needs.input and own.scales:
-        folded_weight, _ = _splice_fold(op, own.scales, before=place, in_backward=True)
+    if found.needs.input and own.scales and in_weight:
+        operator_weight, _ = _splice_fold(op, own.scales, before=place, in_backward=True)
     pairs = [(product.affine.all_steps(), link.scales) for product, link in zip(products, others, strict=True)]
     nodes = operands(own.scales, *(steps for pair in pairs for steps in pair))
 
@@ -337,13 +357,15 @@ def _rewrite_backward(found: Match) -> None:
         given = dict(zip(nodes, tensors, strict=True))
         bound = [(with_tensors(affine, given), with_tensors(scaling, given)) for affine, scaling in pairs]
         scales, conv = with_tensors(own.scales, given), op.params
-        *gradients, sums = backward(grad, input, weight, bias, folded, scales, bound, conv=conv, needs=found.needs)
+        *gradients, sums = backward(
+            grad, input, weight, bias, folded, scales, bound, conv=conv, needs=found.needs, in_weight=in_weight
+        )
         if adjoint is not None and adjoint.weight_is_transposed and gradients[1] is not None:
             gradients[1] = gradients[1].t()
         totals = [total.reshape(value(product.total).shape) for total, product in zip(sums, products, strict=True)]
         return *gradients, *totals
 
-    new = splice(of_tensors, gradient, op.input, *_parameters(op), folded_weight, *nodes, before=place)
+    new = splice(of_tensors, gradient, op.input, *_parameters(op), operator_weight, *nodes, before=place)
     old = (None, None, None) if adjoint is None else (adjoint.grad_input, adjoint.grad_weight, adjoint.grad_bias)
     for old_gradient, new_gradient in zip((*old, *(product.total for product in products)), new, strict=True):
         if old_gradient is not None:
