@@ -214,7 +214,7 @@ def _views(node: Node) -> list[Node]:
 def _matmul_backwards(op: LinearOperator) -> list[Adjoint]:
     """For y = x @ m and g the gradient of y: g @ m.T, and x.T @ g or its transpose g.T @ x."""
     x, w = _matrix(op.input), _matrix(op.weight)
-    m_transposed = (w[0], w[1] == op.params.transposed)
+    m_transposed = (w[0], w[1] != op.params.transposed)
     x_transposed = (x[0], not x[1])
     products = {user for view in (*_views(x[0]), *_views(w[0])) for user in view.users if _is_backward_product(user)}
     found: dict[Node, Adjoint] = {}

@@ -126,6 +126,8 @@ def _steps(node: Node, parent: Affine) -> Steps | None:
     """The scales and shifts that an elementwise node does."""
     if node.target in (aten.neg.default, convert_element_type):
         return (Scale(-1.0),) if node.target is aten.neg.default else ()
+    if node.target is aten.addcmul.default:
+        return _addcmul(node, parent)
     if node.target not in _ARITHMETIC:
         return None
     first, second = node.args
@@ -156,11 +158,26 @@ def _sub(other: Any, is_first: bool, alpha: float) -> Steps:  # noqa: FBT001
     return _add(other, is_first, -alpha)
 
 
+def _addcmul(node: Node, parent: Affine) -> Steps | None:
+    """Addend + value * first * second, with the parent one of the two factors."""
+    addend, *factors = node.args
+    factor = node.kwargs.get("value", 1)
+    others = [other for other in factors if other is not parent.node]
+    operands = (addend, *others)
+    if len(others) != 1 or addend is parent.node or not isinstance(factor, (int, float)):
+        return None
+    if not all(map(parent.layout.is_per_channel, operands)):
+        return None
+    return Scale(others[0]), Scale(factor), Shift(addend)
+
+
+_MULTIPLIES = (aten.mul.Tensor, aten.mul.Scalar)
+_DIVIDES = (aten.div.Tensor, aten.div.Scalar)
 _ARITHMETIC: dict[Any, Any] = {
-    aten.add.Tensor: _add,
-    aten.sub.Tensor: _sub,
-    aten.mul.Tensor: _mul,
-    aten.div.Tensor: _div,
+    **dict.fromkeys((aten.add.Tensor, aten.add.Scalar), _add),
+    **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar), _sub),
+    **dict.fromkeys(_MULTIPLIES, _mul),
+    **dict.fromkeys(_DIVIDES, _div),
 }
 
 
@@ -211,6 +228,6 @@ def _source(node: Node, layout: Layout) -> tuple[Any, Steps] | None:
         return first, (Scale(-1.0),)
     if node.target is aten.mul.Tensor and layout.is_per_channel(first):
         return rest[0], (Scale(first),)
-    if node.target in (aten.mul.Tensor, aten.div.Tensor) and layout.is_per_channel(rest[0]):
-        return first, (Scale(rest[0], inverse=node.target is aten.div.Tensor),)
+    if node.target in (*_MULTIPLIES, *_DIVIDES) and layout.is_per_channel(rest[0]):
+        return first, (Scale(rest[0], inverse=node.target in _DIVIDES),)
     return None

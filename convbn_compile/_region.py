@@ -106,11 +106,12 @@ def _products(affine: Affine, node: Node) -> list[Product] | None:
 
 
 def _sums_all_but(node: Node, layout: Layout) -> bool:
-    """True if a node sums over every axis but the channels'."""
+    """True if a node sums over every axis but the channels'; one of size 1 may be left out."""
     if node.target is not aten.sum.dim_IntList:
         return False
-    dims = bind(node)["dim"]
-    return {dim % len(layout.sizes) for dim in dims or ()} == layout.others
+    summed = {dim % len(layout.sizes) for dim in bind(node)["dim"] or ()}
+    left = layout.others - summed
+    return bool(summed) and layout.axis not in summed and all(_torch.same_size(layout.sizes[dim], 1) for dim in left)
 
 
 def _names(nodes: Iterable[Node]) -> tuple[str, ...]:

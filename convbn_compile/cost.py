@@ -6,7 +6,6 @@ from convbn_compile import _torch
 from convbn_compile._aten import value
 from convbn_compile.identities.affine_of_linear import Match
 
-
 LARGEST_WEIGHT = 128
 """How many times as large as the output a weight may be, whose gradient is scaled so that the output is not saved."""
 

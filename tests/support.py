@@ -89,6 +89,7 @@ class Counts:
 
     folded: int = 0
     refused: list[tuple[str, str]] = field(default_factory=list)
+    rewrites: list[Any] = field(default_factory=list)
     graphs: int = 0
 
     @property
@@ -107,6 +108,7 @@ def counted() -> Iterator[Counts]:
         report = original(graph, **kwargs)
         counts.graphs += 1
         counts.folded += report.folded
+        counts.rewrites += report.rewrites
         counts.refused += [(refusal.module, refusal.reason) for refusal in report.refused]
         return report
 

@@ -1,0 +1,278 @@
+"""Per-channel affine maps fold, however they are spelled; what is none, or not alone, is left with a reason."""
+
+import pytest
+import torch
+from support import assert_as_eager, counted, randomise
+from test_backend import double
+from torch import nn
+
+pytestmark = pytest.mark.filterwarnings("ignore:convbn_tune folded no batch norm")
+
+
+class Affine(nn.Module):
+    """A convolution or linear layer and a function of its output and four vectors, trained or not."""
+
+    def __init__(self, function, layer=None, *, trained=True):
+        super().__init__()
+        self.function = function
+        self.layer = nn.Conv2d(3, 4, 3) if layer is None else layer
+        self.weight, self.bias = (nn.Parameter(torch.randn(4), requires_grad=trained) for _ in range(2))
+        self.register_buffer("mean", torch.randn(4))
+        self.register_buffer("var", torch.rand(4) + 0.5)
+        self.double()
+
+    def forward(self, x):
+        return self.function(self, self.layer(x)).tanh()
+
+
+def of_image(vector):
+    return vector.reshape(1, -1, 1, 1)
+
+
+def torchvision_frozen(net, y):
+    """torchvision.ops.FrozenBatchNorm2d, and DETR's."""
+    scale = of_image(net.weight) * (of_image(net.var) + 1e-5).rsqrt()
+    return y * scale + (of_image(net.bias) - of_image(net.mean) * scale)
+
+
+def textbook(net, y):
+    y = (y - net.mean[:, None, None]) / torch.sqrt(net.var[:, None, None] + 1e-5)
+    return y * net.weight[:, None, None] + net.bias[:, None, None]
+
+
+def power(net, y):
+    return (y - of_image(net.mean)) * (of_image(net.var) + 1e-5) ** -0.5 * of_image(net.weight) + of_image(net.bias)
+
+
+def addcmul(net, y):
+    return torch.addcmul(of_image(net.bias), y, of_image(net.weight))
+
+
+def reversed_subtraction(net, y):
+    return of_image(net.mean) - y * of_image(net.weight)
+
+
+def with_alpha(net, y):
+    return torch.sub(torch.add(y, of_image(net.mean), alpha=3), of_image(net.bias), alpha=0.5) * of_image(net.weight)
+
+
+def alpha_on_the_output(net, y):
+    return torch.add(of_image(net.mean), y, alpha=-2.0) / of_image(net.weight)
+
+
+def negated_twice(net, y):
+    return -(-y * of_image(net.weight)) + 1
+
+
+def through_views(net, y):
+    y = y.flatten(2).permute(0, 2, 1).unsqueeze(1)
+    y = y * net.weight + net.bias
+    return y.squeeze(1).permute(0, 2, 1).reshape(2, 4, 6, 6)
+
+
+def channels_last_and_back(net, y):
+    return (y.permute(0, 2, 3, 1).contiguous() * net.weight).permute(0, 3, 1, 2) - of_image(net.mean)
+
+
+SPELLINGS = [
+    torchvision_frozen,
+    textbook,
+    power,
+    addcmul,
+    reversed_subtraction,
+    with_alpha,
+    alpha_on_the_output,
+    negated_twice,
+    through_views,
+    channels_last_and_back,
+]
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_spellings_fold(spelling, trained):
+    assert_as_eager(Affine(spelling, trained=trained), double(2, 3, 8, 8), folded=1)
+
+
+@pytest.mark.parametrize("spelling", [torchvision_frozen, textbook, channels_last_and_back])
+def test_spellings_fold_under_inductor(spelling):
+    assert_as_eager(Affine(spelling), double(2, 3, 8, 8), folded=1, lowering="inductor")
+
+
+def test_hand_written_maps_are_named_by_their_module():
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4))
+
+        def forward(self, y):
+            return y * of_image(self.weight)
+
+    with counted() as counts:
+        assert_as_eager(nn.Sequential(nn.Conv2d(3, 4, 3), Frozen()).double(), double(2, 3, 8, 8), folded=1)
+    assert [(item.module, item.kind) for item in counts.rewrites] == [("1", "affine")]
+
+
+# --- what is not one -----------------------------------------------------------------------------------------------
+
+
+def varies_over_the_batch(net, y):
+    return y * torch.arange(1.0, 3.0).double().reshape(2, 1, 1, 1)
+
+
+def varies_over_space(net, y):
+    return y * torch.arange(1.0, 7.0).double()
+
+
+def gated_by_itself(net, y):
+    return y * y.mean((0, 2, 3), keepdim=True)
+
+
+def squared(net, y):
+    return y * y * of_image(net.weight)
+
+
+def divided_by_it(net, y):
+    return of_image(net.weight) / (y * y + 1)
+
+
+def no_scale(net, y):
+    return y + of_image(net.bias)
+
+
+def only_a_number(net, y):
+    return y * 0.5 + 1
+
+
+@pytest.mark.parametrize(
+    "function",
+    [varies_over_the_batch, varies_over_space, gated_by_itself, squared, divided_by_it, no_scale, only_a_number],
+)
+def test_other_maps_are_left_alone(function):
+    assert_as_eager(Affine(function), double(2, 3, 8, 8), folded=0, fold="always")
+
+
+def scale_of_an_output_read_elsewhere(net, y):
+    return y * of_image(net.weight) + y.sigmoid()
+
+
+def two_maps_of_one_output(net, y):
+    return (y * of_image(net.weight)).tanh() + (y * of_image(net.var)).sigmoid()
+
+
+@pytest.mark.parametrize("function", [scale_of_an_output_read_elsewhere, two_maps_of_one_output])
+def test_maps_that_are_not_alone_are_left_alone(function):
+    assert_as_eager(Affine(function), double(2, 3, 8, 8), folded=0, fold="always")
+
+
+def test_the_scale_before_a_fork_folds():
+    """The scale's output is read twice, the convolution's once."""
+
+    def fork(net, y):
+        y = y * of_image(net.weight)
+        return y.sigmoid() + y * of_image(net.var)
+
+    assert_as_eager(Affine(fork), double(2, 3, 8, 8), folded=1)
+
+
+# --- linear layers -------------------------------------------------------------------------------------------------
+
+
+class LinearNorm(nn.Module):
+    """A linear layer, and a batch norm or LayerScale, with the shapes of a model that has them."""
+
+    def __init__(self, how, *, bias):
+        super().__init__()
+        self.how, self.linear, self.norm = how, nn.Linear(5, 4, bias=bias), nn.BatchNorm1d(4)
+        self.gamma = nn.Parameter(torch.randn(4))
+        randomise(self.double())
+
+    def forward(self, x):
+        return self.how(self, x).tanh()
+
+
+def of_rows(net, x):
+    return net.norm(net.linear(x.flatten(0, 1)))
+
+
+def levit(net, x):
+    y = net.linear(x)
+    return net.norm(y.flatten(0, 1)).reshape_as(y)
+
+
+def layer_scale(net, x):
+    return net.linear(x) * net.gamma
+
+
+def convnext(net, x):
+    return net.linear(x.unsqueeze(1)).permute(0, 3, 1, 2) * net.gamma.reshape(1, -1, 1, 1)
+
+
+def product(net, x):
+    return net.norm(x.flatten(0, 1) @ net.linear.weight.t().contiguous().clone())
+
+
+def levit_and_layer_scale(net, x):
+    return levit(net, x) * net.gamma
+
+
+@pytest.mark.parametrize("lowering", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("how", [of_rows, levit, layer_scale, convnext, product, levit_and_layer_scale])
+def test_linear_layers_fold(how, bias, lowering):
+    assert_as_eager(LinearNorm(how, bias=bias), double(6, 3, 5), folded=1, lowering=lowering)
+
+
+@pytest.mark.parametrize("frozen", ["linear.weight", "norm.weight", "norm.bias", "gamma", "input"])
+def test_linear_layers_with_something_frozen(frozen):
+    model = LinearNorm(levit_and_layer_scale, bias=True)
+    if frozen != "input":
+        model.get_parameter(frozen).requires_grad_(False)
+    assert_as_eager(model, double(6, 3, 5, requires_grad=frozen != "input"), folded=1, fold="always")
+
+
+def test_norm_of_norm_and_a_constant_between():
+    model = randomise(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Identity(), nn.BatchNorm2d(4), nn.ReLU()).double()
+    )
+    with counted() as counts:
+        assert_as_eager(model, double(2, 3, 8, 8), folded=2)
+    assert [item.module for item in counts.rewrites] == ["1", "3"]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 3, 3), (1, 3, 3, 3), (4, 3, 6, 6)])
+def test_sizes_that_could_be_taken_for_another(shape):
+    """Outputs of 1 x 1, one image, and as many images as channels as pixels."""
+    assert_as_eager(Affine(textbook), double(*shape), folded=1, fold="always")
+
+
+# --- costs ---------------------------------------------------------------------------------------------------------
+
+
+def conv_norm(inputs, outputs):
+    return randomise(nn.Sequential(nn.Conv2d(inputs, outputs, 3), nn.BatchNorm2d(outputs), nn.ReLU()).double())
+
+
+@pytest.mark.parametrize(
+    ("channels", "frozen", "reason"),
+    [
+        (
+            4,
+            ["0.weight"],
+            "the convolution's weight is frozen but the norm's is trained: folding would add",
+        ),
+        (32, ["1.weight"], "its scale is frozen, so that no output is saved for it"),
+        (256, [], "the convolution's weight is 1152 times as large as the output that would not be saved"),
+        (4, ["1.weight"], None),
+        (16, [], None),
+    ],
+)
+def test_what_does_not_pay_is_left_alone_unless_asked_for(channels, frozen, reason):
+    model = conv_norm(channels, channels)
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    x = double(2, channels, 3, 3) if channels > 4 else double(2, 4, 12, 12)
+    with counted() as counts:
+        assert_as_eager(model, x, folded=int(reason is None))
+    assert [found.startswith(reason) for found in counts.reasons] == ([] if reason is None else [True])
+    assert_as_eager(model, x, folded=1, fold="always")
