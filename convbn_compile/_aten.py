@@ -301,6 +301,25 @@ def linear_operators(graph: Graph) -> Iterator[LinearOperator]:
             yield op
 
 
+class Gradients:
+    """Which nodes are made of a tangent; true of nodes that come into the graph later, too."""
+
+    def __init__(self, graph: Graph) -> None:
+        tangents = graph.find_nodes(op="placeholder")
+        self._known: dict[Node, bool] = {node: node.name.startswith("tangents_") for node in tangents}
+
+    def __contains__(self, node: Node) -> bool:
+        pending = [node]
+        while pending:
+            unknown = [source for source in pending[-1].all_input_nodes if source not in self._known]
+            if unknown:
+                pending += unknown
+            else:
+                last = pending.pop()
+                self._known.setdefault(last, any(self._known[source] for source in last.all_input_nodes))
+        return bool(self._known[node])
+
+
 def is_kept(node: Node) -> bool:
     """True if a linear operator reads the node, or a view of it, in backward: it is saved, or made from what is."""
     readers = [reader for reader in node.users if _torch.is_backward(reader)]

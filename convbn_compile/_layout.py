@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from torch.fx import Node
 
 from convbn_compile import _torch
@@ -68,13 +69,17 @@ class Layout:
         )
 
     def is_per_channel(self, operand: Any) -> bool:
-        """True if `operand` is a number, or a tensor that broadcasts to `sizes` and varies along `axis` only."""
-        if not isinstance(operand, Node):
+        """True if `operand` is a number, or a tensor that broadcasts to `sizes` and varies along `axis` at most."""
+        if not isinstance(operand, Node) or not isinstance(operand.meta.get("val"), Tensor):
             return isinstance(operand, (int, float))
         sizes = value(operand).shape
         first = len(self.sizes) - len(sizes)
-        ones = (_torch.same_size(size, 1) for index, size in enumerate(sizes, first) if index != self.axis)
-        return first >= 0 and all(ones)
+        if first < 0:
+            return False
+        return all(
+            _torch.same_size(size, 1) or (index == self.axis and _torch.same_size(size, self.sizes[index]))
+            for index, size in enumerate(sizes, first)
+        )
 
     @property
     def others(self) -> set[int]:

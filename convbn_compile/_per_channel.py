@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from convbn_compile._aten import aten, convert_element_type, value
+from convbn_compile._aten import Gradients, aten, convert_element_type, value
 from convbn_compile._layout import REAPPLIED, Layout, after, before, same_sizes
 
 # --- steps ---------------------------------------------------------------------------------------------------------
@@ -108,8 +108,15 @@ class Affine:
         return tuple(step for affine in self.ancestry() for step in affine.steps)
 
 
-def child(parent: Affine, node: Node, start: torch.dtype) -> Affine | None:
-    """What `node`, a reader of the parent, is if it takes one step further."""
+def child(parent: Affine, node: Node, start: torch.dtype, gradients: Gradients) -> Affine | None:
+    """What `node`, a reader of the parent, is if it takes one step further.
+
+    Args:
+        parent: where one is.
+        node: a reader of it.
+        start: the dtype that one started with; no step may narrow it.
+        gradients: what a step cannot scale or shift by.
+    """
     if not isinstance(node.target, torch._ops.OpOverload) or not isinstance(node.meta.get("val"), Tensor):
         return None
     dtype = value(node).dtype
@@ -118,6 +125,8 @@ def child(parent: Affine, node: Node, start: torch.dtype) -> Affine | None:
     if node.target in REAPPLIED:
         layout = after(parent.layout, node) if node.args[0] is parent.node else None
         return None if layout is None else Affine(node, layout, (), parent)
+    if any(source in gradients for source in node.all_input_nodes if source is not parent.node):
+        return None
     steps = _steps(node, parent)
     return None if steps is None else Affine(node, parent.layout, steps, parent)
 
@@ -199,17 +208,17 @@ class Link:
         return [node for node in self.below if node.target in REAPPLIED]
 
 
-def upwards(gradient: Node, layout: Layout) -> Iterator[Link]:
+def upwards(gradient: Node, layout: Layout, gradients: Gradients) -> Iterator[Link]:
     """The gradient, and whatever it is a per-channel multiple of, nearest first."""
     link: Link | None = Link(gradient, layout)
     while link is not None:
         yield link
-        link = _above(link)
+        link = _above(link, gradients)
 
 
-def _above(link: Link) -> Link | None:
+def _above(link: Link, gradients: Gradients) -> Link | None:
     node = link.node
-    found = _source(node, link.layout) if node.args else None
+    found = _source(node, link.layout, gradients) if node.args else None
     if found is None or not isinstance(found[0], Node) or not isinstance(found[0].meta.get("val"), Tensor):
         return None
     source, scales = found
@@ -219,15 +228,21 @@ def _above(link: Link) -> Link | None:
     return Link(source, layout, (*scales, *link.scales), (node, *link.below))
 
 
-def _source(node: Node, layout: Layout) -> tuple[Any, Steps] | None:
+def _is_fixed(operand: Any, gradients: Gradients) -> bool:
+    return not isinstance(operand, Node) or operand not in gradients
+
+
+def _source(node: Node, layout: Layout, gradients: Gradients) -> tuple[Any, Steps] | None:
     """What a node is a per-channel multiple of, and the multiple."""
     first, *rest = node.args
+    if sum(source in gradients for source in node.all_input_nodes) != 1:
+        return None
     if node.target is convert_element_type or node.target in REAPPLIED:
         return first, ()
     if node.target is aten.neg.default:
         return first, (Scale(-1.0),)
-    if node.target is aten.mul.Tensor and layout.is_per_channel(first):
+    if node.target is aten.mul.Tensor and _is_fixed(first, gradients) and layout.is_per_channel(first):
         return rest[0], (Scale(first),)
-    if node.target in (*_MULTIPLIES, *_DIVIDES) and layout.is_per_channel(rest[0]):
+    if node.target in (*_MULTIPLIES, *_DIVIDES) and _is_fixed(rest[0], gradients) and layout.is_per_channel(rest[0]):
         return first, (Scale(rest[0], inverse=node.target in _DIVIDES),)
     return None

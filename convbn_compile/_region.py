@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from convbn_compile import _torch
-from convbn_compile._aten import LinearOperator, aten, bind, convert_element_type, value
+from convbn_compile._aten import Gradients, LinearOperator, aten, bind, convert_element_type, value
 from convbn_compile._layout import Layout, same_sizes
 from convbn_compile._per_channel import Affine, Scale, Step, child
 
@@ -54,7 +54,7 @@ def _scales(step: Step) -> bool:
     return isinstance(step, Scale) and isinstance(step.operand, Node)
 
 
-def follow(op: LinearOperator) -> Region:
+def follow(op: LinearOperator, gradients: Gradients) -> Region:
     """What is made of the output of an operator, per channel."""
     start = value(op.node).dtype
     affines = {op.node: Affine(op.node, Layout(value(op.node).shape, axis=1))}
@@ -63,11 +63,11 @@ def follow(op: LinearOperator) -> Region:
     queue = list(affines.values())
     for affine in queue:
         for user in affine.node.users:
-            found = child(affine, user, start) if user not in affines else None
+            found = child(affine, user, start, gradients) if user not in affines else None
             if found is not None:
                 affines[user] = found
                 queue.append(found)
-            elif (sums := _products(affine, user)) is not None:
+            elif (sums := _products(affine, user, gradients)) is not None:
                 products += sums
             else:
                 exits.append((affine, user))
@@ -85,13 +85,13 @@ def _last_common(ways: list[list[Affine]]) -> Affine | None:
     return last
 
 
-def _products(affine: Affine, node: Node) -> list[Product] | None:
+def _products(affine: Affine, node: Node, gradients: Gradients) -> list[Product] | None:
     """The sums that a product of the affine map with a gradient goes into; None if it is none, or goes elsewhere."""
     if node.target is not aten.mul.Tensor:
         return None
     first, second = node.args
     gradient = second if first is affine.node else first
-    if not isinstance(gradient, Node) or gradient is affine.node or not _torch.is_backward(gradient):
+    if not isinstance(gradient, Node) or gradient is affine.node or gradient not in gradients:
         return None
     if not same_sizes(value(gradient).shape, affine.layout.sizes):
         return None

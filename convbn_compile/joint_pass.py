@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from convbn_compile import _torch, cost
-from convbn_compile._aten import BatchNorm, linear_operators, output
+from convbn_compile._aten import BatchNorm, Gradients, LinearOperator, linear_operators, output
 from convbn_compile._region import Region, follow, operator_name
 from convbn_compile._splice import cancel_aliases, copy_graph, splice
 from convbn_compile.identities import affine_of_linear, crop_of_pad, mask_of_clamp
@@ -85,7 +85,8 @@ def _rewrite(graph: Graph, norms: Sequence[Norm], fold: Fold) -> Report:
     cancel_aliases(graph)
     graph.eliminate_dead_code()
     written, trains = _torch.mutated_inputs(graph), _torch.is_joint(graph)
-    outcomes = [_fold(follow(op), fold, written, trains=trains) for op in linear_operators(graph)]
+    gradients = Gradients(graph)
+    outcomes = [_fold(op, fold, gradients, written, trains=trains) for op in linear_operators(graph)]
     _torch.stable_topological_sort(graph)
     graph.eliminate_dead_code()
     _apply(mask_of_clamp, graph)
@@ -95,9 +96,10 @@ def _rewrite(graph: Graph, norms: Sequence[Norm], fold: Fold) -> Report:
     return _report(norms, outcomes)
 
 
-def _fold(region: Region, fold: Fold, written: Collection[Node], *, trains: bool) -> Outcome:
+def _fold(op: LinearOperator, fold: Fold, gradients: Gradients, written: Collection[Node], *, trains: bool) -> Outcome:
     """Fold what is made of a linear operator's output, or say why not."""
-    found = affine_of_linear.match(region, written)
+    region = follow(op, gradients)
+    found = affine_of_linear.match(region, gradients, written)
     if isinstance(found, NoMatch):
         return Outcome(region, found.reason)
     objection = cost.objection(found, trains=trains) if fold is Fold.AUTO else None

@@ -88,13 +88,13 @@ class Counts:
     """What the joint pass did while one looked."""
 
     folded: int = 0
-    refused: list[tuple[str, str]] = field(default_factory=list)
+    refused: list[Any] = field(default_factory=list)
     rewrites: list[Any] = field(default_factory=list)
     graphs: int = 0
 
     @property
     def reasons(self) -> list[str]:
-        return [reason for _, reason in self.refused]
+        return [refusal.reason for refusal in self.refused]
 
 
 @contextlib.contextmanager
@@ -109,7 +109,7 @@ def counted() -> Iterator[Counts]:
         counts.graphs += 1
         counts.folded += report.folded
         counts.rewrites += report.rewrites
-        counts.refused += [(refusal.module, refusal.reason) for refusal in report.refused]
+        counts.refused += report.refused
         return report
 
     joint_pass.run = counting

@@ -231,6 +231,69 @@ def test_linear_layers_with_something_frozen(frozen):
     assert_as_eager(model, double(6, 3, 5, requires_grad=frozen != "input"), folded=1, fold="always")
 
 
+def plain_and_transposed(net, x):
+    square = net.square
+    return (x @ square) * net.gamma + (x @ square.t()) * net.gamma
+
+
+def tied(net, x):
+    return (x @ net.square * net.gamma).tanh() @ net.square.t()
+
+
+def linear_and_product(net, x):
+    return torch.nn.functional.linear(x, net.square) * net.gamma + (x @ net.square).sin()
+
+
+def of_itself(net, x):
+    return (x @ x.t() @ x @ net.square) * net.gamma + x @ x
+
+
+@pytest.mark.parametrize("how", [plain_and_transposed, tied, linear_and_product, of_itself])
+def test_tied_square_matrices(how):
+    """A matrix and its transpose have one shape: only what made them tells them apart."""
+    net = LinearNorm(how, bias=False)
+    net.square = nn.Parameter(torch.randn(4, 4).double())
+    for fold in ("auto", "always"):
+        assert_as_eager(net, double(4, 4), fold=fold)
+
+
+class ScaleBySum(torch.autograd.Function):
+    """Its gradient is scaled by a sum that the output's affine map is in."""
+
+    @staticmethod
+    def forward(ctx, y, scale):
+        ctx.save_for_backward(y, scale)
+        return y * scale.view(-1, 1, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, _ = ctx.saved_tensors
+        total = (grad * y).sum((0, 2, 3))
+        return grad * total.view(-1, 1, 1), total
+
+
+def test_a_gradient_scaled_by_a_gradient_is_left_alone():
+    assert_as_eager(Affine(lambda net, y: ScaleBySum.apply(y, net.weight)), double(2, 3, 8, 8), folded=0, fold="always")
+
+
+def test_one_channel_that_is_broadcast_to_many():
+    class Broadcast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.gamma = nn.Linear(3, 1), nn.Parameter(torch.randn(8))
+
+        def forward(self, x):
+            return self.linear(x) * self.gamma
+
+    assert_as_eager(Broadcast().double(), double(5, 3), folded=0, fold="always")
+
+
+@pytest.mark.parametrize("how", [levit, layer_scale, levit_and_layer_scale])
+def test_one_row(how):
+    """With one row the gradient of the output has the shape of a scale."""
+    assert_as_eager(LinearNorm(how, bias=True), double(1, 1, 5), fold="always")
+
+
 def test_norm_of_norm_and_a_constant_between():
     model = randomise(
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Identity(), nn.BatchNorm2d(4), nn.ReLU()).double()

@@ -41,6 +41,7 @@ from torch.fx import Node
 from convbn_compile import _torch
 from convbn_compile._aten import (
     Adjoint,
+    Gradients,
     LinearOperator,
     LinearParams,
     before_cast,
@@ -245,8 +246,14 @@ class Match:
         return Needs(*(gradient is not None for gradient in gradients))
 
 
-def match(region: Region, written: Collection[Node] = ()) -> Match | NoMatch:
-    """The match of a region, or why there is none; `written` are the inputs that forward writes to."""
+def match(region: Region, gradients: Gradients, written: Collection[Node] = ()) -> Match | NoMatch:
+    """The match of a region, or why there is none.
+
+    Args:
+        region: what the graph makes of an operator's output.
+        gradients: the nodes that are made of tangents.
+        written: the inputs that forward writes to.
+    """
     op, output = region.op, region.output
     if output is None or _torch.is_backward(output.node):
         return NoMatch("nothing reads its output")
@@ -262,17 +269,17 @@ def match(region: Region, written: Collection[Node] = ()) -> Match | NoMatch:
         return NoMatch(f"forward changes the {op.name}'s bias in place, which backward would read")
     adjoints: Sequence[Adjoint | None] = op.adjoints() or [None]
     for adjoint in adjoints:
-        links = _common_gradient(region, adjoint)
+        links = _common_gradient(region, adjoint, gradients)
         if links:
             return Match(region, adjoint, links)
     return NoMatch(f"backward reads the {op.name}'s output with a gradient that is not that of its own backward")
 
 
-def _common_gradient(region: Region, adjoint: Adjoint | None) -> tuple[Link, ...]:
+def _common_gradient(region: Region, adjoint: Adjoint | None, gradients: Gradients) -> tuple[Link, ...]:
     """The nearest gradient of which what the adjoint and all products read are per-channel multiples."""
     start = region.affines[region.op.node].layout
-    own = [] if adjoint is None else [list(upwards(adjoint.grad_output, start))]
-    chains = own + [list(upwards(product.gradient, product.affine.layout)) for product in region.products]
+    own = [] if adjoint is None else [list(upwards(adjoint.grad_output, start, gradients))]
+    chains = own + [list(upwards(product.gradient, product.affine.layout, gradients)) for product in region.products]
     common = []
     for link in chains[0]:
         links = [other for chain in chains for other in chain if other.node is link.node]
