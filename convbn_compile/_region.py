@@ -30,6 +30,7 @@ class Region:
         output: the last one through which all that reads the output goes; None if nothing reads it.
         products: those whose affine map is not one of `output`.
         readers: the operators that read affine maps, besides these products.
+        sizes: what reads the operator's output for its sizes only.
     """
 
     op: LinearOperator
@@ -37,6 +38,7 @@ class Region:
     output: Affine | None
     products: tuple[Product, ...]
     readers: tuple[str, ...]
+    sizes: tuple[Node, ...]
 
     @property
     def way(self) -> list[Affine]:
@@ -61,8 +63,9 @@ def follow(op: LinearOperator, gradients: Gradients) -> Region:
     products: list[Product] = []
     exits: list[tuple[Affine, Node]] = []
     queue = list(affines.values())
+    sizes = tuple(user for user in op.node.users if user.target is aten.sym_size.int)
     for affine in queue:
-        for user in affine.node.users:
+        for user in (user for user in affine.node.users if user not in sizes):
             found = child(affine, user, start, gradients) if user not in affines else None
             if found is not None:
                 affines[user] = found
@@ -73,7 +76,7 @@ def follow(op: LinearOperator, gradients: Gradients) -> Region:
                 exits.append((affine, user))
     output = _last_common([affine.ancestry() for affine, _ in exits])
     before_output = tuple(product for product in products if output not in product.affine.ancestry())
-    return Region(op, affines, output, before_output, _names(user for _, user in exits))
+    return Region(op, affines, output, before_output, _names(user for _, user in exits), sizes)
 
 
 def _last_common(ways: list[list[Affine]]) -> Affine | None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import assert_as_eager, counted, randomise
+from support import assert_as_eager, counted, randomise, relative_errors, run
 from test_backend import double
 from torch import nn
 
@@ -111,6 +111,23 @@ def test_hand_written_maps_are_named_by_their_module():
     with counted() as counts:
         assert_as_eager(nn.Sequential(nn.Conv2d(3, 4, 3), Frozen()).double(), double(2, 3, 8, 8), folded=1)
     assert [(item.module, item.kind) for item in counts.rewrites] == [("1", "affine")]
+
+
+def flattened(net, y):
+    return (y * of_image(net.weight) + of_image(net.bias)).flatten(2) * 2
+
+
+@pytest.mark.parametrize("spelling", [torchvision_frozen, flattened, channels_last_and_back])
+def test_dynamic_shapes(spelling):
+    """Not with Inductor: torch 2.13's compiles the backward of a convolution anew for each size, or fails."""
+    model = Affine(spelling)
+    tuned = torch.compile(model, backend="convbn_tune", dynamic=True, options={"lowering": "aot_eager"})
+    with counted() as counts:
+        for size in (8, 5, 9):
+            x = double(size, 3, size + 2, 7)
+            errors = relative_errors(run(tuned, model, x), run(model, model, x))
+            assert max(errors.values()) <= 1e-10
+    assert (counts.graphs, counts.folded) == (1, 1)
 
 
 # --- what is not one -----------------------------------------------------------------------------------------------

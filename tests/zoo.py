@@ -259,6 +259,7 @@ def examine(entry: Entry) -> Row:
 def _compare(entry: Entry, row: Row) -> None:
     model = _without_chance(randomise(entry.make().double()))
     inputs = (entry.inputs or _images)(model)
+    _calibrate(model, inputs)
     with CountNorms() as oracle, torch.no_grad():
         _call(model, inputs)
     row.norms = oracle.norms
@@ -289,12 +290,28 @@ def _without_chance(model: nn.Module) -> nn.Module:
     return model
 
 
+def _calibrate(model: nn.Module, inputs: dict[str, Any]) -> None:
+    """Statistics near those of the data, so that values stay in range however deep the model is, but not equal."""
+
+    def measure(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        values = args[0].transpose(0, 1).flatten(1)
+        module.running_mean.copy_(values.mean(1) + 0.3 * torch.randn(len(values)))
+        module.running_var.copy_(values.var(1, correction=0) * (0.5 + torch.rand(len(values))) + 0.1)
+
+    norms = [module for module in model.modules() if isinstance(module, BatchNormModule)]
+    hooks = [norm.register_forward_pre_hook(measure) for norm in norms]
+    with torch.no_grad():
+        _call(model, inputs)
+    for hook in hooks:
+        hook.remove()
+
+
 def _images(model: nn.Module) -> dict[str, Any]:
     """Images as small as the model takes."""
     config = getattr(model, "default_cfg", {})
     native = config.get("input_size", (3, 224, 224))[-1]
     for size in dict.fromkeys((64, 128, native)):
-        inputs = {"args": (random(1, 3, size, size),)}
+        inputs = {"args": (random(2, 3, size, size),)}
         try:
             with torch.no_grad():
                 _call(model, inputs)
@@ -317,7 +334,8 @@ def _run(function: Callable[..., Any], model: nn.Module, inputs: dict[str, Any])
     torch.manual_seed(1)
     outputs = _call(function, inputs)
     generator = torch.Generator().manual_seed(2)
-    loss = sum((o * torch.randn(o.shape, generator=generator, dtype=o.dtype)).sum() for o in outputs if o.requires_grad)
+    terms = [(o * torch.randn(o.shape, generator=generator, dtype=o.dtype)).sum() for o in outputs]
+    loss = sum(term for term in terms if term.requires_grad)
     return [[output.detach() for output in outputs], list(torch.autograd.grad(loss, leaves, allow_unused=True))]
 
 

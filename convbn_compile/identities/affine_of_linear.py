@@ -320,6 +320,8 @@ def _rewrite_forward(found: Match) -> None:
     folded_weight, shift = _splice_fold(op, output.all_steps(), before=output.node)
     (new,) = splice(partial(forward, conv=op.params), op.input, folded_weight, shift, before=output.node)
     assert new is not None
+    for size in found.region.sizes:
+        size.replace_input_with(op.node, new)
     for affine in found.region.way:
         if affine.node.target in REAPPLIED:
             new = reapply(affine.node, new, before=output.node)
