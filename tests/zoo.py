@@ -4,6 +4,7 @@
     python tests/zoo.py resnet18 levit_128s          some
 
 Random weights, batch norm statistics and affine parameters that no default hides, small inputs, lowering="aot_eager".
+Two images, because F.batch_norm's own backward is wrong on the CPU for one whose gradient is transposed (torch 2.13).
 Right means: output and every gradient as eager's, to 1e-8 relative; and every norm that is called, as counted by a
 TorchDispatchMode in an eager run, is folded or left alone with a reason. Where eager itself is further than 1e-8 from
 the same graph without folds (its kernels for hard-swish take 1/6 in float32), the fold is judged against that graph.
@@ -148,7 +149,7 @@ def video_model(name: str) -> Entry:
         return torchvision.models.get_model(name, weights=None)
 
     frames = 14 if name == "s3d" else 4
-    return Entry("torchvision", name, make, lambda _: {"args": (random(1, 3, frames, 32, 32),)})
+    return Entry("torchvision", name, make, lambda _: {"args": (random(2, 3, frames, 32, 32),)})
 
 
 def segmentation(name: str) -> Entry:
@@ -190,7 +191,7 @@ def random(*shape: int) -> Tensor:
 
 
 def pixels(_: nn.Module) -> dict[str, Any]:
-    return {"kwargs": {"pixel_values": random(1, 3, 64, 64)}}
+    return {"kwargs": {"pixel_values": random(2, 3, 64, 64)}}
 
 
 def transformers_model(name: str, kind: str, inputs: Any = pixels, **config: Any) -> Entry:
@@ -206,7 +207,7 @@ def transformers_model(name: str, kind: str, inputs: Any = pixels, **config: Any
 
 
 def speech(_: nn.Module) -> dict[str, Any]:
-    return {"args": (random(1, 4000),)}
+    return {"args": (random(2, 4000),)}
 
 
 TRANSFORMERS = [
@@ -340,15 +341,21 @@ def _run(function: Callable[..., Any], model: nn.Module, inputs: dict[str, Any])
 
 
 def _errors(found: list[list[Tensor | None]], wanted: list[list[Tensor | None]]) -> tuple[float, float]:
-    """Largest relative error of an output and of a gradient; None must meet None."""
+    """Largest relative error of an output and of a gradient; None must meet None.
+
+    A gradient that is 0 but for rounding, as that of a bias that softmax does not see, is taken by the largest of all.
+    """
     worst = [0.0, 0.0]
     for index, (mine, theirs) in enumerate(zip(found, wanted, strict=True)):
+        largest = max(
+            (tensor.abs().max().item() for tensor in theirs if tensor is not None and tensor.numel()), default=1
+        )
         for got, want in zip(mine, theirs, strict=True):
             if (got is None) != (want is None):
                 raise AssertionError("a gradient that eager has is missing, or the other way round")
             if got is not None and want is not None and want.numel():
                 scale = want.abs().max().item()
-                worst[index] = max(worst[index], (got - want).abs().max().item() / (scale or 1.0))
+                worst[index] = max(worst[index], (got - want).abs().max().item() / max(scale, 1e-6 * largest, 1e-300))
     return worst[0], worst[1]
 
 

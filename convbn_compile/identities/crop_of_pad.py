@@ -7,8 +7,8 @@
 Legal because padding keeps every entry and cropping takes away what it added. Exact bit for bit.
 Networks with "same" padding of their own convolve pad(x): the copy is saved for the weight's gradient, and x, or a mask
 made of it, would be saved beside it for the activation before.
-Does not apply if: a pad is negative or computed in the graph; no convolution keeps the copy; nothing in backward reads
-x; or a convolution does, so that x is kept anyway.
+Does not apply if: a pad is negative or computed in the graph; a gradient is padded; no convolution keeps the copy;
+nothing in backward reads x; or a convolution does, so that x is kept anyway.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ class Match:
 
 def match(node: Node) -> Match | None:
     """The match that `node`, a constant_pad_nd, gives; None if it is none."""
-    if node.target is not aten.constant_pad_nd.default:
+    if node.target is not aten.constant_pad_nd.default or _torch.is_backward(node):
         return None
     arguments = bind(node)
     pad = tuple(arguments["pad"])
-    if not all(isinstance(number, int) and number >= 0 for number in pad):
+    if not any(pad) or not all(isinstance(number, int) and number >= 0 for number in pad):
         return None
     readers = tuple(user for user in arguments["self"].users if _torch.is_backward(user))
     return Match(node, pad, readers) if readers and is_kept(node) and not is_kept(arguments["self"]) else None

@@ -69,6 +69,19 @@ def test_what_is_saved():
         assert saved_for_backward(compiled(model), model, x) == 2 * 4 * 9 * 9 * 8
 
 
+@pytest.mark.parametrize("pad", [(-1, -1, -1, -1), (-1, 0, 0, 0), (0, 0, 0, 0)], ids=str)
+@pytest.mark.parametrize("activation", [nn.ReLU6(), nn.Identity()], ids=str)
+def test_the_gradient_of_a_crop_is_a_pad_in_backward(activation, pad):
+    """Found by the zoo: mobilenet_v2 of transformers pads by 0."""
+
+    class Cropped(Padded):
+        def forward(self, x):
+            x = F.pad(self.norms[0](self.first(F.pad(activation(x), pad))), pad)
+            return self.norms[1](self.second(activation(x)))
+
+    assert_as_eager(Cropped(activation), double(2, 4, 8, 8), folded=2)
+
+
 @pytest.mark.parametrize(
     "model",
     [
