@@ -1,9 +1,10 @@
 # make demo: fine-tune a real pretrained network in Tune mode.   make test: lint, types, tests.
+# make fuzz: random networks against eager.   make zoo: real models of timm, torchvision, transformers against eager.
 # Each makes its own virtual environment, with the versions of constraints.txt.
 
 PYTHON ?= python3
 
-.PHONY: demo test clean
+.PHONY: demo test fuzz zoo clean
 
 demo: .venv-demo/installed
 	.venv-demo/bin/python examples/finetune.py --out examples/out
@@ -13,6 +14,12 @@ test: .venv-test/installed
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/mypy
 	.venv-test/bin/pytest
+
+fuzz: .venv-test/installed
+	.venv-test/bin/python tests/fuzz.py --cases $(or $(CASES),10000) --seed $(or $(SEED),0)
+
+zoo: .venv-zoo/installed
+	PYTHONPATH=examples .venv-zoo/bin/python tests/zoo.py --out docs/zoo.md
 
 .venv-demo/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-demo
@@ -24,5 +31,10 @@ test: .venv-test/installed
 	.venv-test/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test]'
 	touch $@
 
+.venv-zoo/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-zoo
+	.venv-zoo/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,zoo]'
+	touch $@
+
 clean:
-	rm -rf .venv-demo .venv-test examples/out
+	rm -rf .venv-demo .venv-test .venv-zoo examples/out

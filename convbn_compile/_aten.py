@@ -151,11 +151,9 @@ class LinearOperator:
 
     def adjoints(self) -> list[Adjoint]:
         """What computes gradients of this operator, one for each gradient of its output."""
-        if isinstance(self.params, ConvParams):
-            backwards = [found for user in self.input.users if (found := _convolution_backward(self, user))]
-        else:
-            backwards = _matmul_backwards(self)
-        return backwards
+        if isinstance(self.params, MatmulParams):
+            return _matmul_backwards(self)
+        return [found for user in self.input.users if (found := _convolution_backward(self, user))]
 
 
 @dataclass

@@ -18,7 +18,7 @@ Sizes = Sequence[Any]
 
 @dataclass(frozen=True)
 class Layout:
-    """How the elements of a tensor lie, compared with a tensor of the sizes `start`.
+    """How the elements of a tensor lie, compared with the tensor that one started from.
 
     Attributes:
         sizes: the tensor's.

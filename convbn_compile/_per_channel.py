@@ -135,59 +135,36 @@ def _steps(node: Node, parent: Affine) -> Steps | None:
     """The scales and shifts that an elementwise node does."""
     if node.target in (aten.neg.default, convert_element_type):
         return (Scale(-1.0),) if node.target is aten.neg.default else ()
-    if node.target is aten.addcmul.default:
-        return _addcmul(node, parent)
-    if node.target not in _ARITHMETIC:
+    number = node.kwargs.get("alpha", node.kwargs.get("value", 1))
+    others = [argument for argument in node.args if argument is not parent.node]
+    if len(others) != len(node.args) - 1 or not isinstance(number, (int, float)):
         return None
-    first, second = node.args
-    is_first = first is parent.node
-    other = second if is_first else first
-    if other is parent.node or not parent.layout.is_per_channel(other):
+    if not all(map(parent.layout.is_per_channel, others)):
         return None
-    alpha = node.kwargs.get("alpha", 1)
-    if not isinstance(alpha, (int, float)):
-        return None
-    steps: Steps | None = _ARITHMETIC[node.target](other, is_first, alpha)
-    return steps
+    is_first = node.args[0] is parent.node
+    if node.target in _ADDS:
+        return _add(others[0], number, is_first=is_first)
+    if node.target in _SUBTRACTS:
+        return _add(others[0], -number, is_first=is_first)
+    if node.target in _MULTIPLIES:
+        return (Scale(others[0]),)
+    if node.target in _DIVIDES and is_first:
+        return (Scale(others[0], inverse=True),)
+    if node.target is aten.addcmul.default and not is_first:
+        addend, factor = others
+        return Scale(factor), Scale(number), Shift(addend)
+    return None
 
 
-def _add(other: Any, is_first: bool, alpha: float) -> Steps:  # noqa: FBT001
+def _add(other: Any, alpha: float, *, is_first: bool) -> Steps:
+    """First + alpha * second, of which one is `other`."""
     return (Shift(other, alpha),) if is_first else (Scale(alpha), Shift(other))
 
 
-def _mul(other: Any, is_first: bool, alpha: float) -> Steps:  # noqa: FBT001, ARG001
-    return (Scale(other),)
-
-
-def _div(other: Any, is_first: bool, alpha: float) -> Steps | None:  # noqa: FBT001, ARG001
-    return (Scale(other, inverse=True),) if is_first else None
-
-
-def _sub(other: Any, is_first: bool, alpha: float) -> Steps:  # noqa: FBT001
-    return _add(other, is_first, -alpha)
-
-
-def _addcmul(node: Node, parent: Affine) -> Steps | None:
-    """Addend + value * first * second, with the parent one of the two factors."""
-    addend, *factors = node.args
-    factor = node.kwargs.get("value", 1)
-    others = [other for other in factors if other is not parent.node]
-    operands = (addend, *others)
-    if len(others) != 1 or addend is parent.node or not isinstance(factor, (int, float)):
-        return None
-    if not all(map(parent.layout.is_per_channel, operands)):
-        return None
-    return Scale(others[0]), Scale(factor), Shift(addend)
-
-
+_ADDS = (aten.add.Tensor, aten.add.Scalar)
+_SUBTRACTS = (aten.sub.Tensor, aten.sub.Scalar)
 _MULTIPLIES = (aten.mul.Tensor, aten.mul.Scalar)
 _DIVIDES = (aten.div.Tensor, aten.div.Scalar)
-_ARITHMETIC: dict[Any, Any] = {
-    **dict.fromkeys((aten.add.Tensor, aten.add.Scalar), _add),
-    **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar), _sub),
-    **dict.fromkeys(_MULTIPLIES, _mul),
-    **dict.fromkeys(_DIVIDES, _div),
-}
 
 
 # --- upwards: from a gradient to what it was made of ---------------------------------------------------------------

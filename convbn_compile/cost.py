@@ -27,11 +27,11 @@ def objection(found: Match, *, trains: bool) -> str | None:
         trains: the graph has a backward part.
     """
     op, saved = found.region.op, bool(found.region.products)
+    weight, output = _sizes(found)
     if saved and not found.needs.weight:
         return f"the {op.name}'s weight is frozen but the norm's is trained: folding would add a {op.name}"
-    if trains and not saved and not weight_is_smaller(found):
+    if trains and not saved and weight > output:
         return f"its scale is frozen, so that no output is saved for it, and the {op.name}'s weight is larger than that"
-    weight, output = _sizes(found)
     if trains and weight > LARGEST_WEIGHT * output:
         return f"the {op.name}'s weight is {weight // output} times as large as the output that would not be saved"
     return None

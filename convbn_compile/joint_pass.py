@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import re
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +91,7 @@ def _rewrite(graph: Graph, norms: Sequence[Norm], fold: Fold) -> Report:
     graph.eliminate_dead_code()
     _apply(mask_of_clamp, graph)
     _apply(crop_of_pad, graph)
-    save_reads_of_mutated_inputs(graph)
+    save_reads_of(written)
     graph.eliminate_dead_code()
     return _report(norms, outcomes)
 
@@ -172,13 +172,13 @@ def path(node: Node) -> str:
     return "{}:{}".format(*lines[-1]) if lines else node.name
 
 
-def save_reads_of_mutated_inputs(graph: Graph) -> None:
-    """Keep the partitioner from reading, in backward, an input that forward has written to since.
+def save_reads_of(written: Iterable[Node]) -> None:
+    """Keep the partitioner from reading, in backward, inputs that forward has written to since.
 
     Recomputing such a read gives gradients of the wrong values (torch <= 2.13: pytorch#197039); weights and statistics
     that are changed in forward would be read so by the fold.
     """
-    readers = [user for node in _torch.mutated_inputs(graph) for user in node.users]
+    readers = [user for node in written for user in node.users]
     while readers:
         reader = readers.pop()
         if _torch.is_view(reader):

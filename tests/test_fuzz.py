@@ -1,7 +1,42 @@
 """Some random networks from a fixed seed, and every counterexample that fuzzing found."""
 
-from fuzz import fuzz
+import pytest
+import torch
+from fuzz import Affine, fuzz
+from support import assert_as_eager
+from torch import nn
+
+from convbn_compile.identities import affine_of_linear
 
 
 def test_random_networks():
     assert fuzz(60, seed=0, progress=False) > 30
+
+
+@pytest.mark.parametrize("name", ["fold", "_sum"])
+def test_fuzzing_finds_a_wrong_fold(name, monkeypatch):
+    right = getattr(affine_of_linear, name)
+
+    def wrong(*args, **kwargs):
+        found = right(*args, **kwargs)
+        return found * 1.01 if name == "_sum" else (found[0] * 1.01, found[1])
+
+    monkeypatch.setattr(affine_of_linear, name, wrong)
+    with pytest.raises(AssertionError):
+        fuzz(60, seed=0, shrink=False, progress=False)
+
+
+def test_a_number_is_all_that_is_added():
+    """The shift was dropped if there was no bias and no step brought a tensor in."""
+    scaled = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), Affine(4)).double()
+    model = AddsOne(scaled)
+    assert_as_eager(model, torch.randn(3, 4, 2, 2, dtype=torch.float64), folded=1, fold="always")
+
+
+class AddsOne(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return torch.tanh(self.inner(x) * 0.5 + 1.0)

@@ -133,7 +133,7 @@ STAGES = [
     (affine_of_linear, "_rewrite_backward"),
     (mask_of_clamp, "match"),
     (crop_of_pad, "match"),
-    (joint_pass, "save_reads_of_mutated_inputs"),
+    (joint_pass, "save_reads_of"),
     (joint_pass, "_report"),
 ]
 IDS = [f"{module.__name__}.{name}" for module, name in STAGES]

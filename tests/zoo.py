@@ -208,6 +208,25 @@ def transformers_model(name: str, kind: str, inputs: Any = pixels, **config: Any
     return Entry("transformers", name, make, inputs, training=kind == "Levit")
 
 
+class FastSpeech2(nn.Module):
+    """The encoder and the postnet: what is between them repeats each token as often as its values say, in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import transformers
+
+        config = transformers.FastSpeech2ConformerConfig(hidden_size=32, encoder_layers=1, decoder_layers=1)
+        model = transformers.FastSpeech2ConformerModel(config)
+        self.encoder, self.postnet = model.encoder, model.speech_decoder_postnet
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.postnet(self.encoder(tokens)[0])
+
+
+def tokens(_: nn.Module) -> dict[str, Any]:
+    return {"args": (torch.arange(24).reshape(2, 12) % 7 + 1,)}
+
+
 def speech(_: nn.Module) -> dict[str, Any]:
     return {"args": (random(2, 4000).detach(),)}
 
@@ -224,11 +243,29 @@ TRANSFORMERS = [
     transformers_model("cvt", "Cvt"),
     transformers_model("swiftformer", "SwiftFormer"),
     transformers_model("textnet", "TextNet"),
+    transformers_model(
+        "detr",
+        "Detr",
+        num_queries=10,
+        encoder_layers=1,
+        decoder_layers=1,
+        d_model=64,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        backbone_config={
+            "model_type": "resnet",
+            "depths": [1, 1, 1, 1],
+            "layer_type": "basic",
+            "hidden_sizes": [16, 32, 64, 128],
+            "out_features": ["stage4"],
+        },
+    ),
     transformers_model("rt_detr", "RTDetr", num_queries=20, encoder_layers=1, decoder_layers=1, anchor_image_size=None),
     transformers_model("d_fine", "DFine", num_queries=20, encoder_layers=1, decoder_layers=1, anchor_image_size=None),
     transformers_model(
         "wav2vec2_conformer", "Wav2Vec2Conformer", speech, num_hidden_layers=2, hidden_size=64, num_attention_heads=4
     ),
+    Entry("transformers", "fastspeech2_conformer", FastSpeech2, tokens, training=False),
 ]
 
 
@@ -239,7 +276,7 @@ def zoo() -> list[Entry]:
         *map(torchvision_model, TORCHVISION),
         *map(video_model, VIDEO),
         *map(segmentation, ["lraspp_mobilenet_v3_large", "fcn_resnet50", "deeplabv3_mobilenet_v3_large"]),
-        Entry("torchvision", "resnet18_fpn, frozen", frozen_backbone),
+        Entry("torchvision", "resnet18_fpn", frozen_backbone),
         Entry("torchvision", "ssdlite320 backbone", ssdlite_backbone),
         *TRANSFORMERS,
     ]
@@ -291,6 +328,8 @@ def _without_chance(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) or hasattr(module, "drop_prob"):
             module.eval()
+        if isinstance(getattr(module, "drop_rate", None), float):
+            module.drop_rate = 0.0
     return model
 
 

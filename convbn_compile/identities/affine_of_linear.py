@@ -54,6 +54,7 @@ from convbn_compile._per_channel import (
     Link,
     Scale,
     Steps,
+    Value,
     apply,
     operands,
     plus,
@@ -111,7 +112,9 @@ def fold(
     if weight.dim() > 2 and weight.shape[1] == 1:
         # any stride is right for that axis, but convolutions read the layout from it
         folded_weight = folded_weight.as_strided(folded_weight.shape, folded_weight.stride())
-    return folded_weight, shift.expand(channels) if isinstance(shift, Tensor) else None
+    if isinstance(shift, Tensor):
+        return folded_weight, shift.expand(channels)
+    return folded_weight, weight.new_full([channels], shift, dtype=wide) if shift else None
 
 
 def stays(scale: Tensor | float, dtype: torch.dtype) -> Tensor | float:
@@ -158,40 +161,36 @@ def backward(
         in_weight: c is in the operator's weight; else it is applied to g, as (2) from right to left has it.
     """
     wide = _wide(weight, scales, *(steps for pair in products for steps in pair))
-    channels, dtype = grad_output.shape[1], operator_weight.dtype
     scale, _ = apply(to_dtype(scales, wide), 1.0, 0.0)
-    kept = stays(scale, dtype)
-    grad_input = grad_folded = grad_weight = grad_bias = None
-    sums: list[Any] = []
+    kept = stays(scale, operator_weight.dtype)
+
+    def of_operator(factor: Tensor | float, *, needs_input: bool, needs_weight: bool) -> Any:
+        narrow = _times_channel(grad_output, factor).to(operator_weight.dtype)
+        return conv.backward(narrow, input, operator_weight, needs_input=needs_input, needs_weight=needs_weight)
+
     needs_weight = needs.weight or bool(products)
-    if needs.input and not in_weight:
-        narrow = _times_channel(grad_output, scale).to(dtype)
-        grad_input, _ = conv.backward(narrow, input, operator_weight, needs_input=True, needs_weight=False)
-    needs_input = needs.input and in_weight
-    if needs_input or needs_weight:
-        narrow = _times_channel(grad_output, kept).to(dtype)
-        found, grad_folded = conv.backward(
-            narrow, input, operator_weight, needs_input=needs_input, needs_weight=needs_weight
-        )
-        grad_input = found if needs_input else grad_input
+    grad_input, grad_folded = of_operator(kept, needs_input=needs.input and in_weight, needs_weight=needs_weight)
+    if not in_weight:
+        grad_input, _ = of_operator(scale, needs_input=needs.input, needs_weight=False)
+    grad_weight = grad_bias = None
     if needs.weight:
-        assert grad_folded is not None
-        grad_weight = _scaled(grad_folded.to(wide), _over(scale, kept), conv=conv, channels=channels)
-    if not needs.bias and not products:
-        return grad_input, grad_weight, None, sums
+        grad_weight = _scaled(grad_folded.to(wide), _over(scale, kept), conv=conv, channels=grad_output.shape[1])
     grad_shift = grad_output.sum([0, *range(2, grad_output.dim())], dtype=wide)
     if needs.bias:
         grad_bias = grad_shift * scale
     if not products:
-        return grad_input, grad_weight, grad_bias, sums
-    assert grad_folded is not None
-    inner = sum_over_output_channel(grad_folded.to(wide) * weight.to(wide), conv)
-    inner = _over(inner, kept)
-    for affine, scaling in products:
-        p, a = apply(to_dtype(affine, wide), 1.0, 0.0 if bias is None else bias.to(wide))
-        q, _ = apply(to_dtype(scaling, wide), 1.0, 0.0)
-        sums.append(times(plus(times(inner, p), times(grad_shift, a)), q))
-    return grad_input, grad_weight, grad_bias, sums
+        return grad_input, grad_weight, grad_bias, []
+    inner = _over(sum_over_output_channel(grad_folded.to(wide) * weight.to(wide), conv), kept)
+    return grad_input, grad_weight, grad_bias, [_sum(inner, grad_shift, bias, *steps, wide) for steps in products]
+
+
+def _sum(
+    inner: Tensor, grad_shift: Tensor, bias: Tensor | None, affine: Steps, scaling: Steps, wide: torch.dtype
+) -> Value:
+    """Sum of (q . g) * (p . (w (*) x + b) + a), from <dW', w>_c and g'."""
+    p, a = apply(to_dtype(affine, wide), 1.0, 0.0 if bias is None else bias.to(wide))
+    q, _ = apply(to_dtype(scaling, wide), 1.0, 0.0)
+    return times(plus(times(inner, p), times(grad_shift, a)), q)
 
 
 def _scaled(weight: Tensor, scale: Tensor | float, *, conv: LinearParams, channels: int) -> Tensor:

@@ -32,6 +32,10 @@ def scalars():
     return (Scale(2.0), Shift(random(1)), Scale(random(1, seed=3))), 2
 
 
+def numbers():
+    return (Scale(random(8)), Scale(0.5), Shift(2, 0.5)), 2
+
+
 def no_scale():
     return (Shift(random(8)),), 1
 
@@ -77,14 +81,14 @@ def test_statement(setting):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("maps", [batch_norm, two_norms, scalars, no_scale])
+@pytest.mark.parametrize("maps", [batch_norm, two_norms, scalars, numbers, no_scale])
 @pytest.mark.parametrize("setting", [PLAIN, GROUPED_TRANSPOSED])
 def test_statement_for_other_maps(setting, maps, bias):
     assert convolution(setting, maps, bias=bias) <= TOLERANCE * 10
 
 
 @pytest.mark.parametrize(("bias", "transposed"), [*itertools.product((True, False), repeat=2)])
-@pytest.mark.parametrize("maps", [batch_norm, two_norms, scalars, no_scale])
+@pytest.mark.parametrize("maps", [batch_norm, two_norms, scalars, numbers, no_scale])
 def test_statement_of_a_linear_layer(maps, bias, transposed):
     weight = random(5, 8) if transposed else random(8, 5)
     assert (
