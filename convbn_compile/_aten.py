@@ -183,7 +183,10 @@ def _convolution_backward(op: LinearOperator, node: Node) -> Adjoint | None:
     arguments = bind(node)
     if (arguments["input"], arguments["weight"], ConvParams.of(arguments)) != (op.input, op.weight, op.params):
         return None
-    return Adjoint(node, arguments["grad_output"], output(node, 0), output(node, 1), output(node, 2))
+    grad_input, grad_weight, grad_bias = (output(node, index) for index in range(3))
+    if grad_input is grad_weight is grad_bias is None:
+        return None
+    return Adjoint(node, arguments["grad_output"], grad_input, grad_weight, grad_bias)
 
 
 Matrix = tuple[Node, bool]
@@ -230,7 +233,7 @@ def _matmul_backwards(op: LinearOperator) -> list[Adjoint]:
 
 
 def _is_backward_product(node: Node) -> bool:
-    return node.target is aten.mm.default and _torch.is_backward(node)
+    return node.target is aten.mm.default and _torch.is_backward(node) and bool(node.users)
 
 
 def _adjoint(found: dict[Node, Adjoint], node: Node, grad_output: Node) -> Adjoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -35,16 +36,15 @@ def _autocast() -> list[str]:
     return [f"{kind} {torch.get_autocast_dtype(kind)}" for kind in kinds if torch.is_autocast_enabled(kind)]
 
 
-def store(name: str, report: Report) -> None:
-    """Write the report beside torch's compile cache; a disk that cannot be written to costs a log line only."""
+def store(name: str, report: Report) -> Report:
+    """Write the report beside torch's compile cache, if the disk can be written to, and return it."""
     file = _file(name)
-    try:
+    with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         written = file.with_suffix(f".{os.getpid()}")
         written.write_text(json.dumps(report.to_dict()))
         written.replace(file)
-    except OSError:
-        return
+    return report
 
 
 def load(name: str) -> Report | None:

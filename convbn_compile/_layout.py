@@ -69,9 +69,9 @@ class Layout:
         )
 
     def is_per_channel(self, operand: Any) -> bool:
-        """True if `operand` is a number, or a tensor that broadcasts to `sizes` and varies along `axis` at most."""
+        """True if `operand` is a finite number, or a tensor that broadcasts to `sizes` and varies only along `axis`."""
         if not isinstance(operand, Node) or not isinstance(operand.meta.get("val"), Tensor):
-            return isinstance(operand, (int, float))
+            return isinstance(operand, (int, float)) and math.isfinite(operand)
         sizes = value(operand).shape
         first = len(self.sizes) - len(sizes)
         if first < 0:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from convbn_compile._aten import Gradients, aten, convert_element_type, value
+from convbn_compile._aten import Gradients, aten, bind, convert_element_type, value
 from convbn_compile._layout import REAPPLIED, Layout, after, before, same_sizes
 
 # --- steps ---------------------------------------------------------------------------------------------------------
@@ -135,36 +135,45 @@ def _steps(node: Node, parent: Affine) -> Steps | None:
     """The scales and shifts that an elementwise node does."""
     if node.target in (aten.neg.default, convert_element_type):
         return (Scale(-1.0),) if node.target is aten.neg.default else ()
-    number = node.kwargs.get("alpha", node.kwargs.get("value", 1))
-    others = [argument for argument in node.args if argument is not parent.node]
-    if len(others) != len(node.args) - 1 or not isinstance(number, (int, float)):
+    if node.target not in _ARITHMETIC:
         return None
-    if not all(map(parent.layout.is_per_channel, others)):
+    bound = bind(node)
+    number = bound.pop("alpha", bound.pop("value", 1))
+    others = [_unexpanded(operand) for operand in bound.values() if operand is not parent.node]
+    if len(others) != len(bound) - 1 or not all(map(parent.layout.is_per_channel, others)):
         return None
-    is_first = node.args[0] is parent.node
-    if node.target in _ADDS:
-        return _add(others[0], number, is_first=is_first)
-    if node.target in _SUBTRACTS:
-        return _add(others[0], -number, is_first=is_first)
-    if node.target in _MULTIPLIES:
-        return (Scale(others[0]),)
-    if node.target in _DIVIDES and is_first:
-        return (Scale(others[0], inverse=True),)
-    if node.target is aten.addcmul.default and not is_first:
-        addend, factor = others
-        return Scale(factor), Scale(number), Shift(addend)
+    if isinstance(number, Node):
+        return None
+    return _arithmetic(node.target, others, number, list(bound.values()).index(parent.node))
+
+
+def _unexpanded(operand: Any) -> Any:
+    """What an operand is an expansion of, if it is one."""
+    return operand.args[0] if isinstance(operand, Node) and operand.target is aten.expand.default else operand
+
+
+def _arithmetic(target: Any, others: list[Any], number: float, place: int) -> Steps | None:
+    """The steps of an operator with the parent in one place and `others` in the rest."""
+    other, last = others[0], others[-1]
+    if target in _ADDS or target in _SUBTRACTS:
+        alpha = number if target in _ADDS else -number
+        return (Shift(other, alpha),) if place == 0 else (Scale(alpha), Shift(other))
+    if target in _MULTIPLIES:
+        return (Scale(other),)
+    if target in _DIVIDES and place == 0 and other != 0:
+        return (Scale(other, inverse=True),)
+    if target is aten.addcmul.default and place > 0:
+        return Scale(last), Scale(number), Shift(other)
+    if target is aten.addcdiv.default and place == 1:
+        return Scale(last, inverse=True), Scale(number), Shift(other)
     return None
-
-
-def _add(other: Any, alpha: float, *, is_first: bool) -> Steps:
-    """First + alpha * second, of which one is `other`."""
-    return (Shift(other, alpha),) if is_first else (Scale(alpha), Shift(other))
 
 
 _ADDS = (aten.add.Tensor, aten.add.Scalar)
 _SUBTRACTS = (aten.sub.Tensor, aten.sub.Scalar)
 _MULTIPLIES = (aten.mul.Tensor, aten.mul.Scalar)
 _DIVIDES = (aten.div.Tensor, aten.div.Scalar)
+_ARITHMETIC = frozenset((*_ADDS, *_SUBTRACTS, *_MULTIPLIES, *_DIVIDES, aten.addcmul.default, aten.addcdiv.default))
 
 
 # --- upwards: from a gradient to what it was made of ---------------------------------------------------------------
@@ -205,21 +214,20 @@ def _above(link: Link, gradients: Gradients) -> Link | None:
     return Link(source, layout, (*scales, *link.scales), (node, *link.below))
 
 
-def _is_fixed(operand: Any, gradients: Gradients) -> bool:
-    return not isinstance(operand, Node) or operand not in gradients
-
-
 def _source(node: Node, layout: Layout, gradients: Gradients) -> tuple[Any, Steps] | None:
     """What a node is a per-channel multiple of, and the multiple."""
-    first, *rest = node.args
     if sum(source in gradients for source in node.all_input_nodes) != 1:
         return None
     if node.target is convert_element_type or node.target in REAPPLIED:
-        return first, ()
+        return node.args[0], ()
     if node.target is aten.neg.default:
-        return first, (Scale(-1.0),)
-    if node.target is aten.mul.Tensor and _is_fixed(first, gradients) and layout.is_per_channel(first):
-        return rest[0], (Scale(first),)
-    if node.target in (*_MULTIPLIES, *_DIVIDES) and _is_fixed(rest[0], gradients) and layout.is_per_channel(rest[0]):
-        return first, (Scale(rest[0], inverse=node.target in _DIVIDES),)
-    return None
+        return node.args[0], (Scale(-1.0),)
+    if node.target not in (*_MULTIPLIES, *_DIVIDES):
+        return None
+    first, second = node.args
+    if isinstance(second, Node) and second in gradients:
+        first, second = second, first
+    factor, divides = _unexpanded(second), node.target in _DIVIDES
+    if not layout.is_per_channel(factor) or (divides and (first is not node.args[0] or factor == 0)):
+        return None
+    return first, (Scale(factor, inverse=divides),)

@@ -10,7 +10,7 @@ from torch.fx import Node
 from convbn_compile import _torch
 from convbn_compile._aten import Gradients, LinearOperator, aten, bind, convert_element_type, value
 from convbn_compile._layout import Layout, same_sizes
-from convbn_compile._per_channel import Affine, Scale, Step, child
+from convbn_compile._per_channel import Affine, Scale, child
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Region:
         output: the last one through which all that reads the output goes; None if nothing reads it.
         products: those whose affine map is not one of `output`.
         readers: the operators that read affine maps, besides these products.
-        sizes: what reads the operator's output for its sizes only.
+        sizes: what reads the operator's output, or one on the way to `output`, for its sizes only.
     """
 
     op: LinearOperator
@@ -48,12 +48,16 @@ class Region:
     @property
     def last_scale(self) -> Affine | None:
         """The last node on the way to the output that scales by a tensor."""
-        scaling = (affine for affine in reversed(self.way) if any(map(_scales, affine.steps)))
-        return next(scaling, None)
+        return next(filter(_scales, reversed(self.way)), None)
+
+    @property
+    def scale(self) -> Affine | None:
+        """The same; if there is none, one beside that way."""
+        return self.last_scale or next(filter(_scales, self.affines.values()), None)
 
 
-def _scales(step: Step) -> bool:
-    return isinstance(step, Scale) and isinstance(step.operand, Node)
+def _scales(affine: Affine) -> bool:
+    return any(isinstance(step, Scale) and isinstance(step.operand, Node) for step in affine.steps)
 
 
 def follow(op: LinearOperator, gradients: Gradients) -> Region:
@@ -63,20 +67,32 @@ def follow(op: LinearOperator, gradients: Gradients) -> Region:
     products: list[Product] = []
     exits: list[tuple[Affine, Node]] = []
     queue = list(affines.values())
-    sizes = tuple(user for user in op.node.users if user.target is aten.sym_size.int)
+    sizes: list[tuple[Affine, Node]] = []
     for affine in queue:
-        for user in (user for user in affine.node.users if user not in sizes):
+        for user in affine.node.users:
             found = child(affine, user, start, gradients) if user not in affines else None
             if found is not None:
                 affines[user] = found
                 queue.append(found)
+            elif user.target is aten.sym_size.int:
+                sizes.append((affine, user))
             elif (sums := _products(affine, user, gradients)) is not None:
                 products += sums
             else:
                 exits.append((affine, user))
     output = _last_common([affine.ancestry() for affine, _ in exits])
+    around = [(affine, user) for affine, user in sizes if not _is_on_the_way(affine, output)]
+    if around:
+        exits += around
+        output = _last_common([affine.ancestry() for affine, _ in exits])
     before_output = tuple(product for product in products if output not in product.affine.ancestry())
-    return Region(op, affines, output, before_output, _names(user for _, user in exits), sizes)
+    readers = tuple(user for _, user in sizes)
+    return Region(op, affines, output, before_output, _names(user for _, user in exits), readers)
+
+
+def _is_on_the_way(affine: Affine, output: Affine | None) -> bool:
+    """True if a node is before `output`, or made of it."""
+    return output is not None and (affine in output.ancestry() or output in affine.ancestry())
 
 
 def _last_common(ways: list[list[Affine]]) -> Affine | None:

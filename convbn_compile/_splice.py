@@ -78,13 +78,19 @@ def replace(old: Node, new: Node) -> None:
 
 
 def reapply(node: Node, source: Node, *, before: Node) -> Node:
-    """Insert what `node` does to its first argument, done to `source`."""
-    graph = node.graph
-    with graph.inserting_before(before):
-        copied = graph.call_function(node.target, (source, *node.args[1:]), dict(node.kwargs))  # type: ignore[arg-type]
+    """Insert what `node` does to its first argument, done to `source`, which may lie otherwise in memory."""
+    target, args = node.target, (source, *node.args[1:])
+    fake_args, fake_kwargs = map_arg((args, node.kwargs), lambda argument: argument.meta["val"])
+    try:
+        fake = _torch.evaluate(target, *fake_args, **fake_kwargs)
+    except (RuntimeError, ValueError):  # no view of it has these sizes
+        assert target is aten.view.default, f"{node.name} cannot be done to {source.name}"
+        target = aten.reshape.default
+        fake = _torch.evaluate(target, *fake_args, **fake_kwargs)
+    with node.graph.inserting_before(before):
+        copied = node.graph.call_function(target, args, dict(node.kwargs))  # type: ignore[arg-type]
     copied.meta = {key: item for key, item in node.meta.items() if key not in _OF_THE_VALUE}
-    args, kwargs = map_arg((copied.args, copied.kwargs), lambda argument: argument.meta["val"])
-    copied.meta["val"] = _torch.evaluate(copied.target, *args, **kwargs)
+    copied.meta["val"] = fake
     return copied
 
 

@@ -185,8 +185,11 @@ def size_hint(size: int | torch.SymInt) -> int:
 
 
 def same_size(first: int | torch.SymInt, second: int | torch.SymInt) -> bool:
-    """True if two sizes are known to be equal, without a guard on it."""
-    return statically_known_true(first == second)
+    """True if two sizes are known to be equal, without a guard on it; (a - 2) * (b - 2) may come multiplied out."""
+    if statically_known_true(first == second):
+        return True
+    difference = first - second
+    return isinstance(difference, torch.SymInt) and bool(difference.node.expr.expand() == 0)
 
 
 def is_view(node: fx.Node) -> bool:
@@ -307,11 +310,11 @@ def compile_with_aot_eager(
     passes = _chain(joint_pass, "", config)
 
     def inference(graph_module: fx.GraphModule, _: Sequence[Any]) -> CompiledFunction:
-        passes(graph_module.graph)
+        _on_every_graph(passes, graph_module)
         return _as_is(graph_module)
 
     def partition_joint(joint: fx.GraphModule, joint_inputs: Sequence[Any], **kwargs: Any) -> Any:
-        passes(joint.graph)
+        _on_every_graph(passes, joint)
         return partition(joint, joint_inputs, **kwargs)
 
     backend = aot_autograd(
@@ -324,6 +327,15 @@ def compile_with_aot_eager(
     with _budget(memory_budget):
         compiled: CompiledFunction = backend(gm, inputs)
     return compiled
+
+
+def _on_every_graph(passes: GraphPass, graph_module: fx.GraphModule) -> None:
+    """Run passes on the graphs inside, such as the branches of torch.cond, as Inductor does, and then on the graph."""
+    called = {node.target for node in graph_module.graph.find_nodes(op="get_attr")}
+    for name, inner in graph_module.named_children():
+        if name in called and isinstance(inner, fx.GraphModule):
+            _on_every_graph(passes, inner)
+    passes(graph_module.graph)
 
 
 def _as_is(graph_module: fx.GraphModule) -> CompiledFunction:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, fx
 
 from convbn_compile import _cached_report, _torch
+from convbn_compile.joint_pass import FAILED
 from convbn_compile.lowering import lower
 from convbn_compile.options import Mode, Options
 from convbn_compile.report import Report
@@ -51,14 +53,27 @@ def convbn_tune(
         parsed = Options.parse(mode, options)
     except (ValueError, TypeError) as error:
         raise _torch.visible_through_dynamo(error) from None
-    name = _cached_report.key(gm, inputs, parsed)
     reports: list[Report] = []
+    name = None
+    with _telling():
+        name = _cached_report.key(gm, inputs, parsed)
     compiled = lower(gm, inputs, parsed, reports.append, measure=logger.isEnabledFor(logging.INFO))
-    if parsed.mode.folds:
-        if reports:
-            _cached_report.store(name, Report.sum(reports))
-        _tell(Report.sum(reports) if reports else _cached_report.load(name), parsed)
+    with _telling():
+        if parsed.mode.folds and name is not None:
+            report = _cached_report.store(name, Report.sum(reports)) if reports else _cached_report.load(name)
+            _tell(report, parsed)
     return compiled
+
+
+@contextlib.contextmanager
+def _telling() -> Iterator[None]:
+    """A failure inside costs the report only: a user's training never dies of what we tell."""
+    try:
+        yield
+    except Warning:
+        raise
+    except Exception as error:  # noqa: BLE001
+        warn_once(f"convbn_tune could not report what it did: {error!r}. Please report this.")
 
 
 def _tell(report: Report | None, options: Options) -> None:
@@ -67,8 +82,9 @@ def _tell(report: Report | None, options: Options) -> None:
         logger.info("%s: from the compile cache; convbn_compile.explain(model, *inputs) reports", options.mode.value)
         return
     logger.info("%s: %s", options.mode.value, report.summary())
-    if options.mode is Mode.TUNE and report.norms and not report.folded:
-        warn_once(_nothing_folded(report))
+    reason = next(iter(report.reasons()), None)
+    if options.mode is Mode.TUNE and not report.folded and reason and not reason.startswith(FAILED):
+        warn_once(_nothing_folded(reason))
 
 
 @lru_cache
@@ -77,9 +93,8 @@ def warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def _nothing_folded(report: Report) -> str:
+def _nothing_folded(reason: str) -> str:
     """The same words for every graph with the same reason."""
-    reason = next(iter(report.reasons()))
     advice = (
         "Freeze it before compiling: convbn_compile.turn_on(model), or convbn_compile.freeze_batch_norm(model)."
         if "training mode" in reason

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -19,6 +20,9 @@ from convbn_compile._splice import cancel_aliases, copy_graph, splice
 from convbn_compile.identities import affine_of_linear, crop_of_pad, mask_of_clamp
 from convbn_compile.options import Fold
 from convbn_compile.report import Kind, NoMatch, Refusal, Report, Rewrite
+
+FAILED = "the pass failed"
+"""How the reason starts that every norm has if the pass raised."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +52,23 @@ def run(graph: Graph, *, fold: Fold | None = Fold.AUTO) -> Report:
     Args:
         graph: a joint or inference graph with whole batch norms; its module gets the rewritten one.
         fold: what to fold; None only decomposes, which makes the graph that plain Inductor would have.
+
+    Raises:
+        Exception: batch norm cannot be decomposed either, so that the graph is of no use.
     """
     module = graph.owning_module
     assert module is not None, "the joint pass needs a graph that a module owns"
     try:
         rewritten = copy_graph(graph)
+        rewritten.eliminate_dead_code()
         norms = decompose_batch_norms(rewritten)
         report = Report() if fold is None else _rewrite(rewritten, norms, fold)
         rewritten.lint()
     except Exception as error:  # noqa: BLE001  a user's training never dies of our optimisation
         _warn_of(error)
-        reason = f"the pass failed: {type(error).__name__}: {error}"
         norms = decompose_batch_norms(graph)
         module.recompile()
+        reason = f"{FAILED}: {type(error).__name__}: {error}"
         return Report(refused=tuple(Refusal(norm.path, reason) for norm in norms))
     module.graph = rewritten
     return report
@@ -104,7 +112,7 @@ def _fold(op: LinearOperator, fold: Fold, gradients: Gradients, written: Collect
         return Outcome(region, found.reason)
     objection = cost.objection(found, trains=trains) if fold is Fold.AUTO else None
     if objection is None:
-        affine_of_linear.rewrite(found, in_weight=cost.weight_is_smaller(found))
+        affine_of_linear.rewrite(found, in_weight=found.fits and cost.belongs_in_weight(found))
     return Outcome(region, objection)
 
 
@@ -132,9 +140,9 @@ def _report(norms: Sequence[Norm], outcomes: Sequence[Outcome]) -> Report:
         enter(norm.path, "batch norm", _reason(norm, made_of))
     outputs = {norm.output for norm in norms}
     for outcome in outcomes:
-        scale = outcome.region.last_scale
-        if scale is not None and not any(affine.node in outputs for affine in outcome.region.way):
-            enter(path(scale.node), "affine", outcome.reason)
+        region = outcome.region
+        if region.scale is not None and outputs.isdisjoint(region.affines):
+            enter(path(region.scale.node), "affine", outcome.reason)
     return Report(tuple(rewrites), tuple(refused))
 
 
@@ -207,6 +215,7 @@ def _decompose(node: Node, rule: Callable[..., Any]) -> Node | None:
 def _warn_of(error: Exception) -> None:
     warnings.warn(
         f"convbn_tune left a graph as it was, because its own pass failed: {type(error).__name__}: {error}. "
-        "Training goes on, without folding. Please report this with the model that shows it.",
+        f"Training goes on, without folding. Please report this as an issue of convbn_compile, with the model that "
+        f"shows it and the version of torch, {torch.__version__}.",
         stacklevel=2,
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -30,38 +32,60 @@ def lower(
             and eval, nor on a graph that comes from the compile cache.
         measure: find the bytes saved for backward before and after, which takes two more runs of the partitioner.
     """
-    run = _joint_pass(options, on_report, measure=measure)
+    failures: list[Exception] = []
+    run = _joint_pass(options, on_report, failures.append, measure=measure)
+    try:
+        return _lower(gm, inputs, options, run)
+    except Exception:
+        if not failures:
+            raise
+        return _lower(gm, inputs, options, None)
+
+
+def _lower(
+    gm: fx.GraphModule, inputs: Sequence[Tensor], options: Options, joint_pass: _torch.GraphPass | None
+) -> _torch.CompiledFunction:
+    common: dict[str, Any] = {"config": options.inductor, "memory_budget": options.memory_budget}
     if options.lowering is Lowering.AOT_EAGER:
-        return _torch.compile_with_aot_eager(
-            gm, inputs, joint_pass=run, config=options.inductor, memory_budget=options.memory_budget
-        )
-    return _torch.compile_with_inductor(
-        gm,
-        inputs,
-        joint_pass=run if options.mode.folds else None,
-        uuid=uuid(options),
-        config=options.inductor,
-        memory_budget=options.memory_budget,
-    )
+        return _torch.compile_with_aot_eager(gm, inputs, joint_pass=joint_pass or (lambda _: None), **common)
+    joint_pass = joint_pass if options.mode.folds else None
+    return _torch.compile_with_inductor(gm, inputs, joint_pass=joint_pass, uuid=uuid(options), **common)
 
 
-def _joint_pass(options: Options, on_report: OnReport, *, measure: bool) -> _torch.GraphPass:
+def _joint_pass(
+    options: Options, on_report: OnReport, on_failure: Callable[[Exception], None], *, measure: bool
+) -> _torch.GraphPass:
     """The joint pass of a mode, as a function of the graph alone."""
     fold = options.fold if options.mode.folds else None
+
+    def report_on(graph: fx.Graph) -> Report:
+        if not measure or not _torch.is_joint(graph):
+            return joint_pass.run(graph, fold=fold)
+        module = graph.owning_module
+        assert module is not None, "a joint graph has a module"
+        before = _measured(graph)
+        report = joint_pass.run(graph, fold=fold)
+        return replace(report, saved_bytes_before=before, saved_bytes_after=_measured(module.graph))
 
     def run(graph: fx.Graph) -> None:
         if options.mode is Mode.DEPLOY:
             _refuse_gradients(graph)
-        if not measure or not _torch.is_joint(graph):
-            on_report(joint_pass.run(graph, fold=fold))
-            return
-        module = graph.owning_module
-        assert module is not None, "a joint graph has a module"
-        before = saved_bytes(graph)
-        report = joint_pass.run(graph, fold=fold)
-        on_report(replace(report, saved_bytes_before=before, saved_bytes_after=saved_bytes(module.graph)))
+        try:
+            on_report(report_on(graph))
+        except Exception as error:
+            on_failure(error)
+            raise
 
     return run
+
+
+def _measured(graph: fx.Graph) -> int | None:
+    """Saved bytes; None, with a warning, if they cannot be found."""
+    try:
+        return saved_bytes(graph)
+    except Exception as error:  # noqa: BLE001  a user's training never dies of what we tell
+        warnings.warn(f"convbn_tune could not measure saved bytes: {error!r}. Please report this.", stacklevel=2)
+        return None
 
 
 def _refuse_gradients(graph: fx.Graph) -> None:

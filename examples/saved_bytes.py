@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -59,7 +60,11 @@ def fused(model: nn.Module) -> nn.Module:
 
 def declare_torchvision_operators() -> None:
     """Let torchvision's wheel for CUDA import next to a torch without: it wants two operators to exist."""
-    if not hasattr(torch.ops.torchvision, "nms"):
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.startswith("torchvision")]:
+            del sys.modules[name]
         for operator in ("nms", "qnms"):
             torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
 

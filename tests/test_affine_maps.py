@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import assert_as_eager, counted, randomise, relative_errors, run
+from support import assert_as_eager, compiled, counted, randomise, relative_errors, run
 from test_backend import double
 from torch import nn
 
@@ -74,6 +74,22 @@ def channels_last_and_back(net, y):
     return (y.permute(0, 2, 3, 1).contiguous() * net.weight).permute(0, 3, 1, 2) - of_image(net.mean)
 
 
+def addcdiv(net, y):
+    return torch.addcdiv(of_image(net.bias), y, of_image(net.var), value=3)
+
+
+def expanded(net, y):
+    return y * of_image(net.weight).expand_as(y) - of_image(net.bias).expand_as(y)
+
+
+def alpha_without_a_name(net, y):
+    return torch.ops.aten.sub.Scalar(y * of_image(net.weight), 2, 3)
+
+
+def times_zero(net, y):
+    return y * 0.0 * of_image(net.weight) + of_image(net.bias)
+
+
 SPELLINGS = [
     torchvision_frozen,
     textbook,
@@ -85,6 +101,10 @@ SPELLINGS = [
     negated_twice,
     through_views,
     channels_last_and_back,
+    addcdiv,
+    expanded,
+    alpha_without_a_name,
+    times_zero,
 ]
 
 
@@ -161,12 +181,42 @@ def only_a_number(net, y):
     return y * 0.5 + 1
 
 
+def an_infinite_number(net, y):
+    return (y * float("inf") * of_image(net.weight)).clamp(-1, 1)
+
+
+def over_zero(net, y):
+    return (y * of_image(net.weight) / 0.0).clamp(-1, 1)
+
+
+def times_itself_expanded(net, y):
+    return y * y.expand(2, *y.shape[1:])
+
+
 @pytest.mark.parametrize(
     "function",
-    [varies_over_the_batch, varies_over_space, gated_by_itself, squared, divided_by_it, no_scale, only_a_number],
+    [
+        varies_over_the_batch,
+        varies_over_space,
+        gated_by_itself,
+        squared,
+        divided_by_it,
+        no_scale,
+        only_a_number,
+        times_itself_expanded,
+    ],
 )
 def test_other_maps_are_left_alone(function):
     assert_as_eager(Affine(function), double(2, 3, 8, 8), folded=0, fold="always")
+
+
+@pytest.mark.parametrize(("function", "folded"), [(an_infinite_number, 0), (over_zero, 1)])
+def test_numbers_that_are_no_scales(function, folded):
+    """What is not finite in eager is not finite in the same places; the gradients are NaN on both sides."""
+    model, x = Affine(function), double(2, 3, 8, 8, requires_grad=False)
+    with counted() as counts, torch.no_grad():
+        torch.testing.assert_close(compiled(model)(x), model(x))
+    assert counts.folded == folded
 
 
 def scale_of_an_output_read_elsewhere(net, y):
@@ -179,7 +229,51 @@ def two_maps_of_one_output(net, y):
 
 @pytest.mark.parametrize("function", [scale_of_an_output_read_elsewhere, two_maps_of_one_output])
 def test_maps_that_are_not_alone_are_left_alone(function):
-    assert_as_eager(Affine(function), double(2, 3, 8, 8), folded=0, fold="always")
+    with counted() as counts:
+        assert_as_eager(Affine(function), double(2, 3, 8, 8), folded=0, fold="always")
+    assert [(refusal.kind, "is also read by" in refusal.reason) for refusal in counts.refused] == [("affine", True)]
+
+
+def test_one_convolution_called_twice():
+    """Each call has an adjoint of its own, though both have one gradient, input and weight."""
+
+    class Twice(Affine):
+        def forward(self, x):
+            return (self.layer(x) * of_image(self.weight) + self.layer(x) * of_image(self.bias)).tanh()
+
+    assert_as_eager(Twice(None), double(2, 3, 8, 8), folded=2)
+
+
+@pytest.mark.parametrize("dims", [(1,), (1, 2)])
+def test_tokens_that_are_summed(dims):
+    """The gradient is an expanded vector, which has no view of the rows of a matrix product."""
+
+    class Summed(Affine):
+        def forward(self, x):
+            return (self.layer(x) * self.weight).sum(dims)
+
+    x = double(2, 3, 5, 3)
+    assert_as_eager(Summed(None, nn.Linear(3, 4)), x, folded=1)
+
+
+@pytest.mark.parametrize(("trained", "folded"), [(True, 1), (False, 0)])
+def test_a_scale_beyond_float16(trained, folded):
+    """Its own output does not fit into float16, the product in the operator's dtype would be infinite."""
+
+    class Widened(Affine):
+        def forward(self, x):
+            return self.layer(x).float() * self.weight.float() * 2000
+
+    model = Widened(None, nn.Linear(3, 4), trained=trained).half()
+    with torch.no_grad():
+        model.weight.fill_(4)
+    x = torch.full((2, 3), 20.0, dtype=torch.float16)
+    with counted() as counts:
+        found = run(compiled(model, fold="always"), model, x)
+    wanted = run(model, model, x)
+    assert counts.folded == folded
+    assert found["output"].isfinite().all()
+    assert max(relative_errors(found, wanted).values()) <= 2e-3
 
 
 def test_the_scale_before_a_fork_folds():
@@ -333,6 +427,21 @@ def conv_norm(inputs, outputs):
     return randomise(nn.Sequential(nn.Conv2d(inputs, outputs, 3), nn.BatchNorm2d(outputs), nn.ReLU()).double())
 
 
+def test_a_large_computed_weight_is_not_saved_instead_of_a_small_output():
+    class LowRank(nn.Module):
+        def __init__(self, features):
+            super().__init__()
+            self.first, self.second = nn.Parameter(torch.randn(features, 4)), nn.Parameter(torch.randn(4, 8))
+            self.scale = nn.Parameter(torch.randn(8))
+
+        def forward(self, x):
+            return (x @ (self.first @ self.second) * self.scale).tanh()
+
+    assert_as_eager(LowRank(64).double(), double(4, 64, requires_grad=False), folded=0)
+    assert_as_eager(LowRank(64).double(), double(4, 64), folded=1)  # the weight is saved for the input's gradient
+    assert_as_eager(LowRank(3).double(), double(4, 3, requires_grad=False), folded=1)
+
+
 @pytest.mark.parametrize(
     ("channels", "frozen", "reason"),
     [
@@ -341,7 +450,7 @@ def conv_norm(inputs, outputs):
             ["0.weight"],
             "the convolution's weight is frozen but the norm's is trained: folding would add",
         ),
-        (32, ["1.weight"], "its scale is frozen, so that no output is saved for it"),
+        (32, ["1.weight"], "no output is saved for its scale"),
         (256, [], "the convolution's weight is 1152 times as large as the output that would not be saved"),
         (4, ["1.weight"], None),
         (16, [], None),

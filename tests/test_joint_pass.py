@@ -9,8 +9,9 @@ from test_backend import double, pair
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy
 
-from convbn_compile import _torch, joint_pass
+from convbn_compile import _cached_report, _torch, backend, joint_pass, lowering
 from convbn_compile.identities import affine_of_linear, crop_of_pad, mask_of_clamp
+from convbn_compile.report import Report
 
 CONVOLUTION, BACKWARD = "aten.convolution.default", "aten.convolution_backward.default"
 
@@ -123,6 +124,7 @@ def test_the_pass_can_run_on_its_own_result():
 
 STAGES = [
     (joint_pass, "copy_graph"),
+    (joint_pass, "decompose_batch_norms"),
     (joint_pass, "cancel_aliases"),
     (joint_pass, "linear_operators"),
     (joint_pass, "follow"),
@@ -139,17 +141,38 @@ STAGES = [
 IDS = [f"{module.__name__}.{name}" for module, name in STAGES]
 
 
-@pytest.mark.parametrize("lowering", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("lowered", ["aot_eager", "inductor"])
 @pytest.mark.parametrize(("module", "name"), STAGES, ids=IDS)
-def test_a_failure_leaves_the_graph_and_training_goes_on(module, name, lowering, monkeypatch):
+def test_a_failure_leaves_the_graph_and_training_goes_on(module, name, lowered, monkeypatch):
     monkeypatch.setattr(module, name, _broken)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
-        assert_as_eager(pair(), double(2, 4, 8, 8), lowering=lowering)
-    messages = [str(warning.message) for warning in caught if "its own pass failed" in str(warning.message)]
+        assert_as_eager(pair(), double(2, 4, 8, 8), lowering=lowered)
+    messages = [str(warning.message) for warning in caught if "convbn_tune" in str(warning.message)]
     assert len(messages) == 1
+    assert "its own pass failed" in messages[0]
     assert "RuntimeError: broken" in messages[0]
     assert "Please report" in messages[0]
+
+
+TELLING = [
+    (lowering, "saved_bytes"),
+    (_cached_report, "key"),
+    (_cached_report, "store"),
+    (Report, "summary"),
+    (backend, "_nothing_folded"),
+]
+
+
+@pytest.mark.parametrize(("module", "name"), TELLING, ids=[f"{module.__name__}.{name}" for module, name in TELLING])
+def test_a_failure_to_tell_costs_no_training(module, name, monkeypatch, caplog):
+    monkeypatch.setattr(module, name, _broken)
+    warnings.filterwarnings("ignore", message="convbn_tune folded no batch norm")
+    caplog.set_level("INFO", "convbn_compile")
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.BatchNorm2d(8)).double().eval()
+    with pytest.warns(UserWarning, match="broken.*Please report") as caught:
+        assert_as_eager(model, double(2, 4, 8, 8))
+    assert len([warning for warning in caught if "Please report" in str(warning.message)]) <= 2
 
 
 def _broken(*args, **kwargs):

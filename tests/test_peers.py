@@ -8,7 +8,7 @@ from test_backend import double, pair
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from convbn_compile import joint_pass
+from convbn_compile import explain, joint_pass
 
 pytestmark = pytest.mark.filterwarnings("ignore:convbn_tune folded no batch norm")
 
@@ -162,7 +162,8 @@ def test_inside_a_checkpoint():
         assert_as_eager(Model(), double(2, 4, 9, 9), folded=2, lowering=lowering)
 
 
-def test_inside_cond():
+@pytest.mark.parametrize("lowering", ["aot_eager", "inductor"])
+def test_inside_cond(lowering):
     """Row 12."""
 
     class Model(nn.Module):
@@ -173,8 +174,32 @@ def test_inside_cond():
         def forward(self, x):
             return torch.cond(x.sum() > 0, self.pair, self.other, (x,)) * 2.0
 
-    for x in (double(2, 4, 9, 9).abs().detach().requires_grad_(), -double(2, 4, 9, 9).abs().detach().requires_grad_()):
-        assert_as_eager(Model(), x.detach().requires_grad_())
+    model, sides = Model(), double(2, 4, 9, 9, requires_grad=False).abs()
+    for x in (sides, -sides):
+        assert_as_eager(model, x.requires_grad_(), folded=1, lowering=lowering)
+        report = explain(model, x.detach())
+        assert (report.folded, report.norms) == (1, 2)  # cond computes its branch again in backward
+
+
+@pytest.mark.parametrize("lowering", ["aot_eager", "inductor"])
+def test_inside_a_nested_compile_region(lowering):
+    """Another higher-order operator: one graph for all blocks that are alike."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([pair(nn.Conv2d(4, 8, 3)), pair(nn.Conv2d(8, 8, 3)), pair(nn.Conv2d(8, 8, 3))])
+
+        @torch.compiler.nested_compile_region
+        def block(self, index, x):
+            return self.blocks[index](x)
+
+        def forward(self, x):
+            for index in range(3):
+                x = self.block(index, x)
+            return x * 2
+
+    assert_as_eager(Model(), double(2, 4, 12, 12), folded=3, lowering=lowering)
 
 
 @pytest.mark.parametrize(("inputs", "outputs", "groups"), [(4, 8, 2), (8, 8, 8), (4, 4, 4), (8, 4, 4)])

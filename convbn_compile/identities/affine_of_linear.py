@@ -54,7 +54,6 @@ from convbn_compile._per_channel import (
     Link,
     Scale,
     Steps,
-    Value,
     apply,
     operands,
     plus,
@@ -186,11 +185,12 @@ def backward(
 
 def _sum(
     inner: Tensor, grad_shift: Tensor, bias: Tensor | None, affine: Steps, scaling: Steps, wide: torch.dtype
-) -> Value:
+) -> Tensor:
     """Sum of (q . g) * (p . (w (*) x + b) + a), from <dW', w>_c and g'."""
     p, a = apply(to_dtype(affine, wide), 1.0, 0.0 if bias is None else bias.to(wide))
     q, _ = apply(to_dtype(scaling, wide), 1.0, 0.0)
-    return times(plus(times(inner, p), times(grad_shift, a)), q)
+    total = times(plus(times(inner, p), times(grad_shift, a)), q)
+    return total if isinstance(total, Tensor) else torch.full_like(grad_shift, total)
 
 
 def _scaled(weight: Tensor, scale: Tensor | float, *, conv: LinearParams, channels: int) -> Tensor:
@@ -229,11 +229,13 @@ class Match:
         adjoint: the operator's own gradients, if backward reads its output; else they are left as they are.
         links: from g down to the gradient that the adjoint reads, then to that of each product; none if there is
             no product.
+        fits: s . (w (*) x) can be computed in the operator's dtype; not if that is float16 and the map's is wider.
     """
 
     region: Region
     adjoint: Adjoint | None
     links: tuple[Link, ...]
+    fits: bool
 
     @property
     def needs(self) -> Needs:
@@ -262,15 +264,17 @@ def match(region: Region, gradients: Gradients, written: Collection[Node] = ()) 
         return NoMatch(f"the {op.name}'s output is also read by {', '.join(region.readers)}")
     if not op.params.is_static:
         return NoMatch(f"the {op.name}'s stride, padding or dilation is computed in the graph")
+    fits = value(op.node).dtype is not torch.float16 or value(output.node).dtype is torch.float16
     if not region.products:
-        return Match(region, None, ())
+        wider = NoMatch(f"the {op.name} computes in float16, whose range s . w would leave, and the scale is wider")
+        return Match(region, None, (), fits) if fits else wider
     if op.bias is not None and before_cast(op.bias) in written:
         return NoMatch(f"forward changes the {op.name}'s bias in place, which backward would read")
     adjoints: Sequence[Adjoint | None] = op.adjoints() or [None]
     for adjoint in adjoints:
         links = _common_gradient(region, adjoint, gradients)
         if links:
-            return Match(region, adjoint, links)
+            return Match(region, adjoint, links, fits)
     return NoMatch(f"backward reads the {op.name}'s output with a gradient that is not that of its own backward")
 
 
@@ -319,11 +323,11 @@ def _rewrite_forward(found: Match) -> None:
     folded_weight, shift = _splice_fold(op, output.all_steps(), before=output.node)
     (new,) = splice(partial(forward, conv=op.params), op.input, folded_weight, shift, before=output.node)
     assert new is not None
-    for size in found.region.sizes:
-        size.replace_input_with(op.node, new)
     for affine in found.region.way:
         if affine.node.target in REAPPLIED:
             new = reapply(affine.node, new, before=output.node)
+        for size in found.region.sizes:
+            size.replace_input_with(affine.node, new)
     replace(output.node, new)
 
 
