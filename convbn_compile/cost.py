@@ -37,10 +37,8 @@ def objection(found: Match, *, trains: bool) -> str | None:
         return (
             f"no output is saved for its scale, and the {op.name}'s weight, which would be scaled, is larger than that"
         )
-    if saved and not found.needs.input and weight > output and not _is_given(op.weight):
-        return (
-            f"the {op.name}'s weight is computed in the graph and larger than the output, which it would be saved for"
-        )
+    if saved and not found.needs.input and not _is_given(op.weight):
+        return f"the {op.name}'s weight is computed in the graph: backward, which does not read it, would keep it"
     if trains and weight > LARGEST_WEIGHT * output:
         return f"the {op.name}'s weight is {weight // output} times as large as the output that would not be saved"
     return None

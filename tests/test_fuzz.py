@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from fuzz import Affine, fuzz
-from support import assert_as_eager
+from fuzz import Affine, PerPixel, fuzz
+from support import assert_as_eager, randomise
 from torch import nn
 
 from convbn_compile.identities import affine_of_linear
+
+pytestmark = pytest.mark.filterwarnings("ignore:convbn_tune folded no batch norm")
 
 
 def test_random_networks():
@@ -31,6 +33,12 @@ def test_a_number_is_all_that_is_added():
     scaled = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), Affine(4)).double()
     model = AddsOne(scaled)
     assert_as_eager(model, torch.randn(3, 4, 2, 2, dtype=torch.float64), folded=1, fold="always")
+
+
+def test_a_computed_weight_is_not_saved_beside_the_output():
+    """The output was saved as before, for the tanh after it, and the weight for the fold."""
+    model = randomise(nn.Sequential(PerPixel(bias=False, low_rank=True), nn.BatchNorm1d(4), nn.Tanh()).double())
+    assert_as_eager(model, torch.randn(2, 4, 3, dtype=torch.float64), folded=0)
 
 
 class AddsOne(nn.Module):
