@@ -7,7 +7,7 @@
 
 and the theorem that puts them together and is what the joint pass rewrites:
 
-    batch_norm_of_convolution      BN(w (*) x + b) = (s . w) (*) x + b',  with all its gradients
+    affine_of_linear               s . (w (*) x + b) + t = (s . w) (*) x + b',  with all its gradients
 
 and two of their own, which free what the activation after a folded norm would save:
 
