@@ -292,12 +292,15 @@ def _tuned(model: nn.Module, x: Tensor, case: Case) -> tuple[dict[str, Tensor | 
 
 
 def _errors(found: Results, exact: Results) -> dict[tuple[str, torch.dtype], float]:
-    """Each gradient relative to the largest of all: one that is 0 but for rounding has no scale of its own."""
+    """Each gradient relative to the largest of all: one that is 0 but for rounding has no scale of its own.
+
+    All are 0 where nothing is trained but the shift before a norm in training mode.
+    """
     gradients = [tensor for name, tensor in exact.items() if tensor is not None and name != "output"]
     scales = dict.fromkeys(exact, max((tensor.abs().max().item() for tensor in gradients), default=0.0))
     scales["output"] = exact["output"].abs().max().item()
     return {
-        (name, tensor.dtype): (tensor.double() - exact[name]).abs().max().item() / max(scales[name], 1e-30)
+        (name, tensor.dtype): (tensor.double() - exact[name]).abs().max().item() / max(scales[name], 1e-6)
         for name, tensor in found.items()
         if tensor is not None
     }
