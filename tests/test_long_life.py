@@ -106,6 +106,11 @@ def test_dtypes():
     assert counts.graphs <= 3  # Module.to() changes the parameters' .data: torch looks at them anew
 
 
+@pytest.mark.xfail(
+    torch.__version__ < (2, 12),
+    reason="torch 2.11's torch.compile does not see requires_grad_ of a parameter, whatever the backend",
+    strict=False,
+)
 def test_progressive_unfreezing():
     """From the head to the stem and back: one graph for each set of trained parameters."""
     model, x = Net(), images().detach()
