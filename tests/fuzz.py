@@ -259,7 +259,7 @@ def check(case: Case) -> int:
         found, report = _tuned(model, x, case)
         mine = _errors(found, wanted)
         allowed = max(ROUNDING[torch.bfloat16 if case.dtype == "autocast" else narrow], 4 * max(theirs.values()))
-        if case.dtype != "float64" and max(mine.values()) > allowed:  # then also of the same lowering without folds
+        if max(mine.values()) > allowed:  # as a norm of equal values in training mode makes it: without folds, too?
             torch._dynamo.reset()
             allowed = max(allowed, 4 * max(_errors(run(compiled(model, mode="eval"), model, x), wanted).values()))
     assert mine.keys() == theirs.keys()
