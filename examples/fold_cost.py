@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=4, default=(8, 3, 128, 128), help="of the batch")
     parser.add_argument("--frozen", choices=("nothing", "norms", "convolutions"), default="nothing")
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--lowering", choices=("aot_eager", "inductor"), default="inductor")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -71,7 +72,9 @@ def main() -> None:
     torch.manual_seed(0)
     model = freeze(torchvision.models.get_model(arguments.model, weights=None).eval(), arguments.frozen)
     x = torch.randn(arguments.shape)
-    functions = {name: compiled(model, x, options) for name, options in CONTENDERS.items()}
+    functions = {
+        name: compiled(model, x, {**options, "lowering": arguments.lowering}) for name, options in CONTENDERS.items()
+    }
     seconds = medians(functions, x, arguments.steps)
     rows = [[name, f"{1e3 * time:.1f}", f"{time / seconds['no folds']:.2f}"] for name, time in seconds.items()]
     print(tabulate(rows, headers=["", "step, ms", "ratio"], disable_numparse=True))

@@ -41,3 +41,8 @@ def test_finetune(tmp_path):
     printed = run("finetune.py", *arguments, "--out", tmp_path)
     assert "Tune" in printed
     assert {file.suffix for file in tmp_path.iterdir()} == {".png", ".json"}
+
+
+def test_fold_cost():
+    printed = run("fold_cost.py", "resnet18", "--shape", 1, 3, 32, 32, "--steps", 2, "--lowering", "aot_eager")
+    assert 'fold="always"' in printed
