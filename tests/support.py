@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,10 +58,22 @@ def relative_errors(found: dict[str, Tensor | None], wanted: dict[str, Tensor | 
         if want is not None and got is not None:
             assert got.shape == want.shape, name
             assert got.dtype == want.dtype, name
-            scale = want.abs().max().item() if want.numel() else 0.0
-            difference = (got - want).abs().max().item() if want.numel() else 0.0
-            errors[name] = difference / scale if scale else difference
+            errors[name] = difference(got, want) / (magnitude(want) or 1.0)
     return errors
+
+
+def magnitude(tensor: Tensor) -> float:
+    """The largest finite one of its elements."""
+    finite = tensor[tensor.isfinite()]
+    return finite.abs().max().item() if finite.numel() else 0.0
+
+
+def difference(got: Tensor, want: Tensor) -> float:
+    """The largest there is: none between equal infinities, infinite where it is NaN, which max() would pass over."""
+    if not want.numel():
+        return 0.0
+    largest = torch.where(got == want, 0, (got - want).abs()).max().item()
+    return math.inf if math.isnan(largest) else largest
 
 
 def assert_as_eager(

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from saved_bytes import declare_torchvision_operators
-from support import compiled, counted, randomise
+from support import compiled, counted, difference, magnitude, randomise
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -389,15 +389,13 @@ def _errors(found: list[list[Tensor | None]], wanted: list[list[Tensor | None]])
     """
     worst = [0.0, 0.0]
     for index, (mine, theirs) in enumerate(zip(found, wanted, strict=True)):
-        largest = max(
-            (tensor.abs().max().item() for tensor in theirs if tensor is not None and tensor.numel()), default=1
-        )
+        largest = max((magnitude(tensor) for tensor in theirs if tensor is not None), default=1)
         for got, want in zip(mine, theirs, strict=True):
             if (got is None) != (want is None):
                 raise AssertionError("a gradient that eager has is missing, or the other way round")
-            if got is not None and want is not None and want.numel():
-                scale = want.abs().max().item()
-                worst[index] = max(worst[index], (got - want).abs().max().item() / max(scale, 1e-6 * largest, 1e-300))
+            if got is not None and want is not None:
+                error = difference(got, want) / max(magnitude(want), 1e-6 * largest, 1e-300)
+                worst[index] = max(worst[index], error)
     return worst[0], worst[1]
 
 
