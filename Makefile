@@ -13,7 +13,7 @@ test: .venv-test/installed
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/mypy
-	.venv-test/bin/pytest
+	OMP_WAIT_POLICY=passive .venv-test/bin/pytest -n auto
 
 fuzz: .venv-test/installed
 	.venv-test/bin/python tests/fuzz.py --cases $(or $(CASES),10000) --seed $(or $(SEED),0)
