@@ -65,12 +65,18 @@ class ConvParams:
     @classmethod
     def of(cls, arguments: dict[str, Any]) -> ConvParams:
         """From the bound arguments of aten.convolution or aten.convolution_backward."""
+        rank = value(arguments["weight"]).dim() - 2
+
+        def of_axes(name: str) -> tuple[int, ...]:
+            numbers = tuple(arguments[name])
+            return numbers * rank if len(numbers) == 1 else numbers  # aten lets one stand for all axes
+
         return cls(
-            stride=tuple(arguments["stride"]),
-            padding=tuple(arguments["padding"]),
-            dilation=tuple(arguments["dilation"]),
+            stride=of_axes("stride"),
+            padding=of_axes("padding"),
+            dilation=of_axes("dilation"),
             transposed=arguments["transposed"],
-            output_padding=tuple(arguments["output_padding"]),
+            output_padding=of_axes("output_padding"),
             groups=arguments["groups"],
         )
 

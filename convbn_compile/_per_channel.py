@@ -2,133 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
+from convbn_compile import _torch
 from convbn_compile._aten import Gradients, aten, bind, convert_element_type, value
+from convbn_compile._form import Form, Scale, Shift, Steps, total
 from convbn_compile._layout import REAPPLIED, Layout, after, before, same_sizes
-
-# --- steps ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Multiply by `operand`, or divide."""
-
-    operand: Any
-    inverse: bool = False
-
-
-@dataclass(frozen=True)
-class Shift:
-    """Add `operand` times a number."""
-
-    operand: Any
-    factor: float = 1.0
-
-
-Step = Scale | Shift
-Steps = tuple[Step, ...]
-Value = Tensor | float
-
-
-def operands(*chains: Steps) -> list[Node]:
-    """The nodes that the steps read, each once."""
-    return list(dict.fromkeys(step.operand for steps in chains for step in steps if isinstance(step.operand, Node)))
-
-
-def with_tensors(steps: Steps, tensors: dict[Node, Tensor]) -> Steps:
-    """The steps with tensors [C_out] or [1] in place of nodes."""
-
-    def tensor(operand: Any) -> Any:
-        return tensors[operand].reshape(-1) if isinstance(operand, Node) else operand
-
-    return tuple(replace(step, operand=tensor(step.operand)) for step in steps)
-
-
-def to_dtype(steps: Steps, dtype: torch.dtype) -> Steps:
-    """The steps with their tensors in one dtype."""
-
-    def cast(operand: Any) -> Any:
-        return operand.to(dtype) if isinstance(operand, Tensor) else operand
-
-    return tuple(replace(step, operand=cast(step.operand)) for step in steps)
-
-
-def apply(steps: Steps, scale: Value, shift: Value) -> tuple[Value, Value]:
-    """Scale and shift after the steps; numbers as long as no step brings a tensor in."""
-    for step in steps:
-        if isinstance(step, Shift):
-            shift = plus(shift, times(step.operand, step.factor))
-        else:
-            operand = 1 / step.operand if step.inverse else step.operand
-            scale, shift = times(scale, operand), times(shift, operand)
-    return scale, shift
-
-
-def times(first: Value, second: Value) -> Value:
-    """The product, without a node for a factor that is the number 1 or 0."""
-    for one, other in ((first, second), (second, first)):
-        if not isinstance(one, Tensor) and one in (0, 1):
-            return other if one == 1 else 0.0
-    return first * second
-
-
-def plus(first: Value, second: Value) -> Value:
-    """The sum, without a node for a term that is the number 0."""
-    for one, other in ((first, second), (second, first)):
-        if not isinstance(one, Tensor) and one == 0:
-            return other
-    return first + second
-
 
 # --- downwards: from a node to its readers -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Affine:
-    """A node that is scale . y + shift of the tensor that one started from, by the steps of all its parents."""
+    """A node that is an affine map of the tensors that one started from, per channel.
+
+    Attributes:
+        node: the node.
+        layout: where its elements lie.
+        parents: what it is made of: one, or two if it is their sum; none if it is a start.
+        factors: a number for each of them.
+        steps: what is done to that.
+        starts: those of the starts that it is made of.
+    """
 
     node: Node
     layout: Layout
+    starts: frozenset[Node]
+    parents: tuple[Affine, ...] = ()
+    factors: tuple[float, ...] = (1.0,)
     steps: Steps = ()
-    parent: Affine | None = None
 
-    def ancestry(self) -> list[Affine]:
-        """The way here, from the start, both ends included."""
-        return [*(self.parent.ancestry() if self.parent else ()), self]
+    def ancestors(self) -> list[Affine]:
+        """All that it is made of, itself included, each once."""
+        found = {self.node: self}
+        queue = [self]
+        for affine in queue:
+            new = [parent for parent in affine.parents if parent.node not in found]
+            found.update((parent.node, parent) for parent in new)
+            queue += new
+        return queue
 
-    def all_steps(self) -> Steps:
-        """The steps from the start."""
-        return tuple(step for affine in self.ancestry() for step in affine.steps)
+    def form(self, starts: Mapping[Node, Form], given: Callable[[Steps], Steps]) -> Form:
+        """Its form of what the starts are forms of; `given` puts tensors in place of nodes."""
+        forms = dict(starts)
+        for affine in sorted(self.ancestors(), key=lambda affine: affine.node):
+            if affine.parents:
+                parents = [forms[parent.node] for parent in affine.parents]
+                forms[affine.node] = total(zip(parents, affine.factors, strict=True)).after(given(affine.steps))
+        return forms[self.node]
 
 
-def child(parent: Affine, node: Node, start: torch.dtype, gradients: Gradients) -> Affine | None:
+def start(node: Node) -> Affine:
+    """Where one starts: channels along dim 1."""
+    return Affine(node, Layout(value(node).shape, axis=1), frozenset((node,)))
+
+
+def total_of(parents: tuple[Affine, Affine], node: Node, dtype: torch.dtype) -> Affine | None:
+    """What `node`, a reader of both parents, is if it adds or subtracts them."""
+    if node.target not in (*_ADDS, *_SUBTRACTS) or not _is_wide(node, dtype):
+        return None
+    bound = bind(node)
+    first, second = (next(parent for parent in parents if parent.node is bound[name]) for name in ("self", "other"))
+    alpha = bound["alpha"] if node.target in _ADDS else -bound["alpha"]
+    if not first.layout.same_as(second.layout) or not isinstance(alpha, (int, float)):
+        return None
+    return Affine(node, first.layout, first.starts | second.starts, (first, second), (1.0, alpha))
+
+
+def _is_wide(node: Node, dtype: torch.dtype) -> bool:
+    """True if a node is a tensor of floating point that is as wide as `dtype`."""
+    if not _torch.is_operator(node) or not isinstance(node.meta.get("val"), Tensor):
+        return False
+    own = value(node).dtype
+    return own.is_floating_point and torch.promote_types(dtype, own) == own
+
+
+def child(parent: Affine, node: Node, dtype: torch.dtype, gradients: Gradients) -> Affine | None:
     """What `node`, a reader of the parent, is if it takes one step further.
 
     Args:
         parent: where one is.
         node: a reader of it.
-        start: the dtype that one started with; no step may narrow it.
+        dtype: what one started with; no step may narrow it.
         gradients: what a step cannot scale or shift by.
     """
-    if not isinstance(node.target, torch._ops.OpOverload) or not isinstance(node.meta.get("val"), Tensor):
-        return None
-    dtype = value(node).dtype
-    if not dtype.is_floating_point or torch.promote_types(start, dtype) != dtype:
+    if not _is_wide(node, dtype):
         return None
     if node.target in REAPPLIED:
         layout = after(parent.layout, node) if node.args[0] is parent.node else None
-        return None if layout is None else Affine(node, layout, (), parent)
+        return None if layout is None else Affine(node, layout, parent.starts, (parent,))
     if any(source in gradients for source in node.all_input_nodes if source is not parent.node):
         return None
     steps = _steps(node, parent)
-    return None if steps is None else Affine(node, parent.layout, steps, parent)
+    return None if steps is None else Affine(node, parent.layout, parent.starts, (parent,), steps=steps)
 
 
 def _steps(node: Node, parent: Affine) -> Steps | None:
@@ -187,6 +159,11 @@ class Link:
     layout: Layout
     scales: Steps = ()
     below: tuple[Node, ...] = ()
+
+    @property
+    def head(self) -> Node:
+        """The gradient."""
+        return self.below[-1] if self.below else self.node
 
     @property
     def moves(self) -> list[Node]:

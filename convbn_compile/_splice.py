@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import getitem
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from convbn_compile import _torch
 from convbn_compile._aten import aten, convert_element_type, value
+from convbn_compile._layout import same_sizes
 
 _OF_THE_VALUE = ("val", "tensor_meta", "original_aten", "eager_input_vals", "from_node")
 
@@ -68,30 +70,69 @@ def replace(old: Node, new: Node) -> None:
     if dtype != wide:
         for user in list(old.users):
             if user.target is convert_element_type and user.args[1] == wide:
-                user.replace_all_uses_with(new)
+                _reconnect(user, new)
                 user.graph.erase_node(user)
     if not old.users:
         return
     if dtype != wide:
         new = _cast(new, old)
+    _reconnect(old, new)
+
+
+def _reconnect(old: Node, new: Node) -> None:
+    """Let every reader of `old` read `new`, and note it if that lies otherwise in memory."""
+    if not same_sizes(value(old).stride(), value(new).stride()):
+        for user in old.users:
+            user.meta[_RESTRIDE] = True
     old.replace_all_uses_with(new)
+
+
+_RESTRIDE = "convbn_compile: an input lies otherwise in memory than this was traced for"
+
+
+def restride(graph: Graph) -> None:
+    """Find the strides of what was made of tensors that were replaced; reshape where no view has the sizes.
+
+    The graph must be in order.
+
+    Raises:
+        RuntimeError: what an operator computes depends on how its input lay in memory.
+    """
+    for node in graph.nodes:
+        if not node.meta.pop(_RESTRIDE, False) or not (_torch.is_operator(node) or node.target is getitem):
+            continue
+        if "as_strided" in str(node.target):
+            raise RuntimeError(f"{node.name} reads memory that is laid out otherwise after folding")
+        fake = _done(node, node.args, node.kwargs)
+        before, after = _torch.tensors_in(node.meta["val"]), _torch.tensors_in(fake)
+        if any(not same_sizes(mine.stride(), theirs.stride()) for mine, theirs in zip(before, after, strict=True)):
+            node.meta["val"] = fake
+            for user in node.users:
+                user.meta[_RESTRIDE] = True
 
 
 def reapply(node: Node, source: Node, *, before: Node) -> Node:
     """Insert what `node` does to its first argument, done to `source`, which may lie otherwise in memory."""
-    target, args = node.target, (source, *node.args[1:])
-    fake_args, fake_kwargs = map_arg((args, node.kwargs), lambda argument: argument.meta["val"])
-    try:
-        fake = _torch.evaluate(target, *fake_args, **fake_kwargs)
-    except (RuntimeError, ValueError):  # no view of it has these sizes
-        assert target is aten.view.default, f"{node.name} cannot be done to {source.name}"
-        target = aten.reshape.default
-        fake = _torch.evaluate(target, *fake_args, **fake_kwargs)
+    args = (source, *node.args[1:])
     with node.graph.inserting_before(before):
-        copied = node.graph.call_function(target, args, dict(node.kwargs))  # type: ignore[arg-type]
+        copied = node.graph.call_function(node.target, args, dict(node.kwargs))  # type: ignore[arg-type]
     copied.meta = {key: item for key, item in node.meta.items() if key not in _OF_THE_VALUE}
-    copied.meta["val"] = fake
+    copied.meta["val"] = _done(copied, args, node.kwargs)
     return copied
+
+
+def _done(node: Node, args: Any, kwargs: Any) -> Any:
+    """What a node makes of its arguments; it becomes a reshape if it is a view that there is none of."""
+    fake_args, fake_kwargs = map_arg((args, kwargs), lambda argument: argument.meta["val"])
+    try:
+        return _torch.evaluate(node.target, *fake_args, **fake_kwargs)
+    except (RuntimeError, ValueError):
+        assert node.target in _VIEWS, f"{node.name} cannot be done to its arguments"
+        node.target = aten.reshape.default
+        return _torch.evaluate(node.target, *fake_args, **fake_kwargs)
+
+
+_VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 
 def _cast(new: Node, old: Node) -> Node:
@@ -119,3 +160,13 @@ def cancel_aliases(graph: Graph) -> None:
         for node in graph.find_nodes(op="call_function", target=target):
             if not any(user.op == "output" for user in node.users):
                 node.replace_all_uses_with(node.args[0])
+
+
+def share_casts(graph: Graph) -> None:
+    """One node for casts of one tensor to one dtype, so that branches under autocast have one input."""
+    for node in graph.nodes:
+        first: dict[Any, Node] = {}
+        for cast in [user for user in node.users if user.target is convert_element_type]:
+            shared = first.setdefault(cast.args[1], cast)
+            if shared is not cast:
+                cast.replace_all_uses_with(shared)

@@ -58,6 +58,7 @@ __all__ = [
     "is_backward",
     "is_compiled_in_place",
     "is_joint",
+    "is_operator",
     "is_view",
     "mutated_inputs",
     "no_recompile_limit",
@@ -190,6 +191,11 @@ def same_size(first: int | torch.SymInt, second: int | torch.SymInt) -> bool:
         return True
     difference = first - second
     return isinstance(difference, torch.SymInt) and bool(difference.node.expr.expand() == 0)
+
+
+def is_operator(node: fx.Node) -> bool:
+    """True if the node calls an operator of torch's dispatcher, not a Python function or a graph inside."""
+    return isinstance(node.target, OpOverload)
 
 
 def is_view(node: fx.Node) -> bool:

@@ -82,8 +82,14 @@ def _tell(report: Report | None, options: Options) -> None:
         logger.info("%s: from the compile cache; convbn_compile.explain(model, *inputs) reports", options.mode.value)
         return
     logger.info("%s: %s", options.mode.value, report.summary())
-    reason = next(iter(report.reasons()), None)
-    if options.mode is Mode.TUNE and not report.folded and reason and not reason.startswith(FAILED):
+    reason = next(iter(report.reasons("batch norm", "affine")), None)
+    if (
+        options.mode is Mode.TUNE
+        and not report.folded
+        and not report.merged
+        and reason
+        and not reason.startswith(FAILED)
+    ):
         warn_once(_nothing_folded(reason))
 
 

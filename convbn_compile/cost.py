@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from torch.fx import Node
 
 from convbn_compile import _torch
-from convbn_compile._aten import convert_element_type, value
-from convbn_compile.identities.affine_of_linear import Match
+from convbn_compile._aten import Adjoint, LinearOperator, convert_element_type, value
+from convbn_compile._match import Match
 
 LARGEST_WEIGHT = 128
 """How many times as large as the output a weight may be, whose gradient is scaled so that the output is not saved."""
+
+ELEMENTWISE = 10
+"""How many multiplications of a convolution cost as much as an elementwise step on an entry of a tensor."""
+
+_KEPT = "the {}'s weight is computed in the graph: backward, which does not read it, would keep it"
 
 
 def belongs_in_weight(found: Match) -> bool:
@@ -29,19 +37,57 @@ def objection(found: Match, *, trains: bool) -> str | None:
         found: the match.
         trains: the graph has a backward part.
     """
-    op, saved = found.region.op, bool(found.region.products)
+    op, saved = found.region.first, bool(found.region.products)
     weight, output = _sizes(found)
-    if saved and not found.needs.weight:
+    if saved and not found.needs.weights[0]:
         return f"the {op.name}'s weight is frozen but the norm's is trained: folding would add a {op.name}"
     if not saved and weight > output:
         return (
             f"no output is saved for its scale, and the {op.name}'s weight, which would be scaled, is larger than that"
         )
     if saved and not found.needs.input and not _is_given(op.weight):
-        return f"the {op.name}'s weight is computed in the graph: backward, which does not read it, would keep it"
+        return _KEPT.format(op.name)
     if trains and weight > LARGEST_WEIGHT * output:
         return f"the {op.name}'s weight is {weight // output} times as large as the output that would not be saved"
     return None
+
+
+def merge_objection(found: Match) -> str | None:
+    """Why one convolution would do more work than several, or keep more; None if it pays.
+
+    Work is counted in multiplications. Forward and the input's gradient have each kernel's entries once, the weights'
+    gradients those that are wanted; the branch that is the input itself is elementwise; so is adding weights up.
+    """
+    region, needs, op = found.region, found.needs, found.region.first
+    if region.products and not needs.input and not all(_is_given(other.weight) for other in region.operators):
+        return _KEPT.format(op.name)
+    weight, output = _sizes(found)
+    pairs, positions = weight // _entries(op), output // _torch.size_hint(value(op.node).shape[1])
+    passes = 1 + needs.input + (any(needs.weights) or bool(region.products))
+    several = sum(
+        passes * ELEMENTWISE * output if op is None else _passes(adjoint) * _entries(op) * pairs * positions
+        for op, adjoint in zip(region.branches, found.adjoints, strict=True)
+    )
+    entries = math.prod(found.merged.kernel)
+    one = passes * entries * pairs * positions
+    if one > several:
+        return f"one kernel of {_by(found.merged.kernel)} would do more work"
+    if one + ELEMENTWISE * entries * pairs > several:
+        return f"adding up the weights would be more work than what it saves at {positions} places of the output"
+    return None
+
+
+def _entries(op: LinearOperator) -> int:
+    return math.prod(value(op.weight).shape[2:])
+
+
+def _passes(adjoint: Adjoint | None) -> int:
+    """Forward, and one for each of the two gradients that are wanted."""
+    return 1 if adjoint is None else 1 + (adjoint.grad_input is not None) + (adjoint.grad_weight is not None)
+
+
+def _by(kernel: Sequence[int]) -> str:
+    return "x".join(map(str, kernel))
 
 
 def _is_given(node: Node) -> bool:
@@ -53,6 +99,6 @@ def _is_given(node: Node) -> bool:
 
 def _sizes(found: Match) -> tuple[int, int]:
     """Elements of the weight and of the output."""
-    op = found.region.op
+    op = found.region.first
     weight, output = (_torch.size_hint(value(node).numel()) for node in (op.weight, op.node))
     return weight, max(output, 1)

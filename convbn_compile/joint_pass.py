@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import operator
-import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,36 +14,21 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from convbn_compile import _torch, cost
 from convbn_compile._aten import BatchNorm, Gradients, LinearOperator, linear_operators, output
-from convbn_compile._region import Region, follow, operator_name
-from convbn_compile._splice import cancel_aliases, copy_graph, splice
-from convbn_compile.identities import affine_of_linear, crop_of_pad, mask_of_clamp
+from convbn_compile._match import Match, match
+from convbn_compile._outcome import Norm, Outcome, path, report_of
+from convbn_compile._per_channel import Affine
+from convbn_compile._region import Region, follow, last, last_region, parallel, region, scales, sums
+from convbn_compile._rewrite import rewrite
+from convbn_compile._splice import cancel_aliases, copy_graph, restride, share_casts, splice
+from convbn_compile.identities import crop_of_pad, mask_of_clamp
 from convbn_compile.options import Fold
-from convbn_compile.report import Kind, NoMatch, Refusal, Report, Rewrite
+from convbn_compile.report import NoMatch, Refusal, Report
 
 FAILED = "the pass failed"
 """How the reason starts that every norm has if the pass raised."""
 
 
-@dataclass(frozen=True)
-class Norm:
-    """A batch norm of the graph, decomposed: what it was, and the nodes that are its input and its output now."""
-
-    path: str
-    training: bool
-    has_statistics: bool
-    input: Node
-    output: Node | None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a region: folded, or left alone for a reason."""
-
-    region: Region
-    reason: str | None
-
-
-def run(graph: Graph, *, fold: Fold | None = Fold.AUTO) -> Report:
+def run(graph: Graph, *, fold: Fold | None = Fold.AUTO, merge_branches: bool = True) -> Report:
     """Rewrite the graph of a GraphModule; afterwards it holds no whole batch norm any more.
 
     The rewriting is done on a copy: if any of it fails, the graph stays as it was and a warning says so.
@@ -52,6 +36,7 @@ def run(graph: Graph, *, fold: Fold | None = Fold.AUTO) -> Report:
     Args:
         graph: a joint or inference graph with whole batch norms; its module gets the rewritten one.
         fold: what to fold; None only decomposes, which makes the graph that plain Inductor would have.
+        merge_branches: merge parallel convolutions of one input.
 
     Raises:
         Exception: batch norm cannot be decomposed either, so that the graph is of no use.
@@ -62,7 +47,7 @@ def run(graph: Graph, *, fold: Fold | None = Fold.AUTO) -> Report:
         rewritten = copy_graph(graph)
         rewritten.eliminate_dead_code()
         norms = decompose_batch_norms(rewritten)
-        report = Report() if fold is None else _rewrite(rewritten, norms, fold)
+        report = Report() if fold is None else _rewrite(rewritten, norms, fold, merge_branches=merge_branches)
         rewritten.lint()
     except Exception as error:  # noqa: BLE001  a user's training never dies of our optimisation
         _warn_of(error)
@@ -88,32 +73,101 @@ def decompose_batch_norms(graph: Graph) -> list[Norm]:
     return norms
 
 
-def _rewrite(graph: Graph, norms: Sequence[Norm], fold: Fold) -> Report:
+def _rewrite(graph: Graph, norms: Sequence[Norm], fold: Fold, *, merge_branches: bool) -> Report:
     """Apply the identities, in order."""
     cancel_aliases(graph)
+    share_casts(graph)
     graph.eliminate_dead_code()
     written, trains = _torch.mutated_inputs(graph), _torch.is_joint(graph)
     gradients = Gradients(graph)
-    outcomes = [_fold(op, fold, gradients, written, trains=trains) for op in linear_operators(graph)]
+    on_batch_statistics = {norm.output for norm in norms if norm.training or not norm.has_statistics}
+    outcomes = list(Folding(fold, merge_branches, gradients, written, on_batch_statistics, trains).all(graph))
     _torch.stable_topological_sort(graph)
     graph.eliminate_dead_code()
+    restride(graph)
     _apply(mask_of_clamp, graph)
     _apply(crop_of_pad, graph)
     save_reads_of(written)
     graph.eliminate_dead_code()
-    return _report(norms, outcomes)
+    return report_of(norms, outcomes)
 
 
-def _fold(op: LinearOperator, fold: Fold, gradients: Gradients, written: Collection[Node], *, trains: bool) -> Outcome:
-    """Fold what is made of a linear operator's output, or say why not."""
-    region = follow(op, gradients)
-    found = affine_of_linear.match(region, gradients, written)
-    if isinstance(found, NoMatch):
-        return Outcome(region, found.reason)
-    objection = cost.objection(found, trains=trains) if fold is Fold.AUTO else None
-    if objection is None:
-        affine_of_linear.rewrite(found, in_weight=found.fits and cost.belongs_in_weight(found))
-    return Outcome(region, objection)
+@dataclass(frozen=True)
+class Folding:
+    """What decides on every region of one graph."""
+
+    fold: Fold
+    merges: bool
+    gradients: Gradients
+    written: Collection[Node]
+    on_batch_statistics: Collection[Node | None]
+    trains: bool
+
+    def all(self, graph: Graph) -> Iterator[Outcome]:
+        """Merge branches where that can be done, and fold what is left, operator by operator."""
+        free = set(graph.nodes)
+        told: set[Node] = set()
+        for op in linear_operators(graph):
+            for outcome in self._merge(op, free) if self.merges and op.node in free else ():
+                if outcome.reason is None or outcome.additions[0] not in told:
+                    free.difference_update(outcome.inside)
+                    told.update(outcome.additions)
+                    yield outcome
+            if op.node in free:
+                outcome = self._fold(op)
+                if outcome.reason is None:
+                    free.discard(op.node)
+                yield outcome
+
+    def _fold(self, op: LinearOperator) -> Outcome:
+        """Fold what is made of one operator's output, or say why not."""
+        span = follow([op.node], self.gradients)
+        found = last_region(span, op)
+        if found is None:
+            return Outcome(op.name, "nothing reads its output", span.affines)
+        if last(found.output.ancestors(), scales) is None:
+            beside = next((affine.node for affine in span.affines.values() if scales(affine)), None)
+            also = f"the {op.name}'s output is also read by {', '.join(span.readers)}"
+            return Outcome(op.name, also, span.affines, maps={} if beside is None else {beside: span.affines})
+        reason = self._rewrite(found, partial(cost.objection, trains=self.trains))
+        return Outcome.of_fold(found, reason)
+
+    def _merge(self, op: LinearOperator, free: Collection[Node]) -> Iterator[Outcome]:
+        """Merge the largest sum that can be merged, of branches of the operator's input.
+
+        Of those left alone the largest is told, if it has operators that the one that was merged has not.
+
+        Args:
+            op: an operator.
+            free: the nodes that are as they were: a branch that is folded by itself is merged no more.
+        """
+        siblings = [other for other in parallel(op) if other.node in free]
+        span = follow([op.input, *(sibling.node for sibling in siblings)], self.gradients)
+        largest: tuple[Affine, str] | None = None
+        merged: Affine | None = None
+        for end in sums(span, op):
+            found = region(span, siblings, end)
+            reason = found.reason if isinstance(found, NoMatch) else self._rewrite(found, cost.merge_objection)
+            if reason is None:
+                merged = end
+                break
+            largest = largest or (end, reason)
+        if largest is not None and (merged is None or largest[0].starts - {op.input} > merged.starts - {op.input}):
+            yield Outcome.of_sum_left_alone(op, *largest)
+        if merged is not None:
+            yield Outcome.of_merge(op, merged, span)
+
+    def _rewrite(self, region: Region, objection: Callable[[Match], str | None]) -> str | None:
+        """Rewrite a region; or why not."""
+        if any(affine.node in self.on_batch_statistics for affine in region.output.ancestors()):
+            return "a norm in it runs on batch statistics (training mode)"
+        found = match(region, self.gradients, self.written)
+        if isinstance(found, NoMatch):
+            return found.reason
+        reason = objection(found) if self.fold is Fold.AUTO else None
+        if reason is None:
+            rewrite(found, in_weight=len(region.branches) > 1 or (found.fits and cost.belongs_in_weight(found)))
+        return reason
 
 
 def _apply(identity: Any, graph: Graph) -> None:
@@ -122,62 +176,6 @@ def _apply(identity: Any, graph: Graph) -> None:
         found = identity.match(node)
         if found is not None:
             identity.rewrite(found)
-
-
-def _report(norms: Sequence[Norm], outcomes: Sequence[Outcome]) -> Report:
-    """One line for each norm, then one for each affine map with a scale that is written by hand."""
-    made_of = {node: outcome for outcome in outcomes for node in outcome.region.affines}
-    rewrites: list[Rewrite] = []
-    refused: list[Refusal] = []
-
-    def enter(module: str, kind: Kind, reason: str | None) -> None:
-        if reason is None:
-            rewrites.append(Rewrite(module, kind))
-        else:
-            refused.append(Refusal(module, reason, kind))
-
-    for norm in norms:
-        enter(norm.path, "batch norm", _reason(norm, made_of))
-    outputs = {norm.output for norm in norms}
-    for outcome in outcomes:
-        region = outcome.region
-        if region.scale is not None and outputs.isdisjoint(region.affines):
-            enter(path(region.scale.node), "affine", outcome.reason)
-    return Report(tuple(rewrites), tuple(refused))
-
-
-def _reason(norm: Norm, made_of: Mapping[Node, Outcome]) -> str | None:
-    """Why a norm was not folded; None if it was."""
-    if not norm.has_statistics:
-        return "it has no running statistics, so that it runs on batch statistics in eval mode, too"
-    if norm.training:
-        return "it runs on batch statistics (training mode)"
-    if norm.output is None:
-        return "nothing reads its output"
-    if norm.output in made_of:
-        outcome = made_of[norm.output]
-        on_the_way = any(affine.node is norm.output for affine in outcome.region.way)
-        return outcome.reason if on_the_way or outcome.reason else "something else reads its input, too"
-    if norm.input in made_of:
-        return f"its channels are not the output channels of the {made_of[norm.input].region.op.name} before it"
-    return f"its input comes from {_origin(norm.input)}, not from a convolution or linear layer"
-
-
-def _origin(node: Node) -> str:
-    """What computes a node, in words."""
-    while node.target is operator.getitem:
-        node = node.args[0]  # type: ignore[assignment]
-    return operator_name(node)
-
-
-def path(node: Node) -> str:
-    """The module path of a node, such as layer1.0.bn2; its source line if it has no module of its own."""
-    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
-    names = [re.sub(r"^\w\['[^']*'\]\.?", "", name) for name, _ in stack.values()]
-    if names and names[-1]:
-        return names[-1]
-    lines = re.findall(r'File "([^"]*)", line (\d+)', node.meta.get("stack_trace") or "")
-    return "{}:{}".format(*lines[-1]) if lines else node.name
 
 
 def save_reads_of(written: Iterable[Node]) -> None:

@@ -60,11 +60,11 @@ def _joint_pass(
 
     def report_on(graph: fx.Graph) -> Report:
         if not measure or not _torch.is_joint(graph):
-            return joint_pass.run(graph, fold=fold)
+            return joint_pass.run(graph, fold=fold, merge_branches=options.merge_branches)
         module = graph.owning_module
         assert module is not None, "a joint graph has a module"
         before = _measured(graph)
-        report = joint_pass.run(graph, fold=fold)
+        report = joint_pass.run(graph, fold=fold, merge_branches=options.merge_branches)
         return replace(report, saved_bytes_before=before, saved_bytes_after=_measured(module.graph))
 
     def run(graph: fx.Graph) -> None:

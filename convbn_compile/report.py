@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from tabulate import tabulate
 
-Kind = Literal["batch norm", "affine"]
-"""A batch norm of torch, or a scale and shift per channel that somebody wrote by hand, such as FrozenBatchNorm."""
+Kind = Literal["batch norm", "affine", "branches"]
+"""A batch norm of torch; a scale and shift per channel that somebody wrote by hand, such as FrozenBatchNorm; or a sum
+of convolutions of one input."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,10 @@ class NoMatch:
 
 @dataclass(frozen=True)
 class Rewrite:
-    """One convolution-norm pair that was folded; `module` is the norm's path, such as layer1.0.bn2."""
+    """A convolution-norm pair that was folded, or branches that were merged.
+
+    `module` is the path of the norm, such as layer1.0.bn2, or of the module that adds the branches up.
+    """
 
     module: str
     kind: Kind = "batch norm"
@@ -29,7 +34,7 @@ class Rewrite:
 
 @dataclass(frozen=True)
 class Refusal:
-    """One norm that was left alone; `module` is its path, such as layer1.0.bn2."""
+    """A norm, or a sum of branches, that was left alone; `module` is as in Rewrite."""
 
     module: str
     reason: str
@@ -41,8 +46,8 @@ class Report:
     """What the joint pass did to one graph, or to all graphs of a model.
 
     Attributes:
-        rewrites: the pairs that were folded, in the order of the graph.
-        refused: the norms that were left alone, each with its reason.
+        rewrites: the pairs that were folded and the branches that were merged, in the order of the graph.
+        refused: the norms and branches that were left alone, each with its reason.
         merged: convolutions removed by branch merging.
         saved_bytes_before: bytes saved for backward by plain Inductor, parameters, buffers and inputs not counted;
             None if not measured.
@@ -58,27 +63,26 @@ class Report:
     @property
     def folded(self) -> int:
         """How many convolution-norm pairs were folded."""
-        return len(self.rewrites)
+        return sum(item.kind != "branches" for item in self.rewrites)
 
     @property
     def norms(self) -> int:
         """How many norms there are, those written by hand included."""
-        return len(self.rewrites) + len(self.refused)
+        return self.folded + sum(item.kind != "branches" for item in self.refused)
 
     def summary(self) -> str:
         """The facts in one line."""
         parts = [f"folded {self.folded} of {self.norms} norms"]
+        parts += [f"merged away {self.merged} convolutions"] if self.merged else []
         if self.saved_bytes_before is not None and self.saved_bytes_after is not None:
             parts.append(f"saved for backward {_mib(self.saved_bytes_before)} -> {_mib(self.saved_bytes_after)}")
         parts += [f"{count} left alone: {reason}" for reason, count in self.reasons().items()]
         return "; ".join(parts)
 
-    def reasons(self) -> dict[str, int]:
-        """How many norms were left alone for each reason, most frequent first."""
-        counts: dict[str, int] = {}
-        for refusal in self.refused:
-            counts[refusal.reason] = counts.get(refusal.reason, 0) + 1
-        return dict(sorted(counts.items(), key=lambda item: -item[1]))
+    def reasons(self, *kinds: Kind) -> dict[str, int]:
+        """How many were left alone for each reason, most frequent first; of some kinds only, if they are given."""
+        refused = [refusal for refusal in self.refused if not kinds or refusal.kind in kinds]
+        return dict(Counter(refusal.reason for refusal in refused).most_common())
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, in types that JSON has."""
@@ -108,7 +112,8 @@ class Report:
         )
 
     def __str__(self) -> str:
-        rows = [(rewrite.module, rewrite.kind, "folded", "") for rewrite in self.rewrites]
+        done = {"branches": "merged"}
+        rows = [(rewrite.module, rewrite.kind, done.get(rewrite.kind, "folded"), "") for rewrite in self.rewrites]
         rows += [(refusal.module, refusal.kind, "left alone", refusal.reason) for refusal in self.refused]
         table = tabulate(rows, headers=("norm", "kind", "outcome", "because"), disable_numparse=True)
         return f"{table}\n\n{self.summary()}"

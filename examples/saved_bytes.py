@@ -2,10 +2,11 @@
 
     python examples/saved_bytes.py resnet18 --shape 4 3 128 128
     python examples/saved_bytes.py resnet18 resnet50 efficientnet_b0 --lowering inductor --json saved.json
+    python examples/saved_bytes.py timm:convnext_atto timm:repvgg_a0
 
-Networks are torchvision's, with random weights and batch norm on running statistics. Counted is what autograd keeps
-between forward and backward (torch.autograd.graph.saved_tensors_hooks), each storage once; parameters, buffers and
-inputs are not counted, copies of them are.
+Networks are torchvision's or timm's, with random weights and batch norm on running statistics. Counted is what autograd
+keeps between forward and backward (torch.autograd.graph.saved_tensors_hooks), each storage once; parameters, buffers
+and inputs are not counted, copies of them are.
 """
 
 from __future__ import annotations
@@ -69,6 +70,21 @@ def declare_torchvision_operators() -> None:
             torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
 
 
+def make(name: str) -> nn.Module:
+    """A classification network of torchvision, or, if the name starts with timm:, of timm."""
+    declare_torchvision_operators()
+    library, _, rest = name.rpartition(":")
+    if library == "timm":
+        import timm
+
+        made: nn.Module = timm.create_model(rest)
+    else:
+        import torchvision
+
+        made = torchvision.models.get_model(name, weights=None)
+    return made.eval()
+
+
 def contenders(lowering: str) -> dict[str, Callable[[nn.Module], Callable[..., Tensor]]]:
     """Name to what makes a callable of a model."""
 
@@ -103,17 +119,13 @@ def measure(model: nn.Module, shape: tuple[int, ...], lowering: str = "aot_eager
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="names of torchvision classification models")
+    parser.add_argument("models", nargs="+", help="resnet18 of torchvision, or timm:repvgg_a0")
     parser.add_argument("--shape", type=int, nargs=4, default=(4, 3, 224, 224), help="of the batch")
     parser.add_argument("--lowering", choices=("aot_eager", "inductor"), default="aot_eager")
     parser.add_argument("--json", type=Path, help="write the bytes and the configuration to this file")
     arguments = parser.parse_args()
-    declare_torchvision_operators()
-    import torchvision
-
     shape = tuple(arguments.shape)
-    models = {name: torchvision.models.get_model(name, weights=None).eval() for name in arguments.models}
-    rows = {name: measure(model, shape, arguments.lowering) for name, model in models.items()}
+    rows = {name: measure(make(name), shape, arguments.lowering) for name in arguments.models}
     table = [[name, *(f"{number / MIB:.2f}" for number in row.values())] for name, row in rows.items()]
     print(tabulate(table, headers=["saved, MiB", *next(iter(rows.values()))], disable_numparse=True))
     if arguments.json:

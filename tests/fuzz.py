@@ -23,7 +23,7 @@ import hypothesis
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
-from support import compiled, difference, magnitude, randomise, run
+from support import compiled, counted, difference, magnitude, randomise, run
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -88,6 +88,26 @@ class PerPixel(nn.Module):
         return F.linear(x.transpose(1, -1), weight, self.linear.bias).transpose(1, -1)
 
 
+class Branches(nn.Module):
+    """The sum of what parts make of one input, each times a number; those of other sizes are added apart.
+
+    The input of some is detached.
+    """
+
+    def __init__(self, parts: list[nn.Module], factors: tuple[float, ...], detached: tuple[bool, ...]) -> None:
+        super().__init__()
+        self.parts, self.factors, self.detached = nn.ModuleList(parts), factors, detached
+
+    def forward(self, x: Tensor) -> Tensor:
+        sums: dict[torch.Size, Tensor] = {}
+        for part, factor, detached in zip(self.parts, self.factors, self.detached, strict=True):
+            found = part(x.detach() if detached else x)
+            found = found if factor == 1 else factor * found
+            sums[found.shape] = sums[found.shape] + found if found.shape in sums else found
+        first, *rest = sums.values()
+        return sum((F.interpolate(other, first.shape[2:]) for other in rest), first)
+
+
 @dataclass(frozen=True)
 class Step:
     """One step: what it does, to which tensors of the pool, with which module if that is shared."""
@@ -120,15 +140,27 @@ SIMPLE = {
 }
 LINEAR = st.one_of(*(st.tuples(st.just(kind), SIMPLE[kind]) for kind in ("convolution", "linear")))
 AFFINE = st.one_of(*(st.tuples(st.just(kind), SIMPLE[kind]) for kind in ("norm", "affine", "number")))
+BRANCH = st.tuples(
+    st.one_of(st.none(), *[st.tuples(st.sampled_from([1, 3]), st.sampled_from([1, 1, 1, 2]), st.booleans())] * 3),
+    st.lists(AFFINE, max_size=2),
+    st.sampled_from([1, 1, 1, -1, 0.5]),
+    st.sampled_from([False, False, False, True]),
+)
 KINDS = {
     **SIMPLE,
+    "branches": st.tuples(
+        st.sampled_from([1, 1, 1, 2]),
+        st.sampled_from([1, 2, 4]),
+        st.sampled_from([False, False, False, True]),
+        st.lists(BRANCH, min_size=2, max_size=4),
+    ),
     "block": st.tuples(LINEAR, AFFINE, st.lists(AFFINE, max_size=2)),
     "activation": st.tuples(st.sampled_from(["relu", "relu6", "silu", "hardtanh", "gelu", "sigmoid"])),
     "add": st.just(()),
     "multiply": st.just(()),
     "concatenate": st.just(()),
 }
-WEIGHTS = [*KINDS, *["block"] * 8, "activation"]
+WEIGHTS = [*KINDS, *["block"] * 8, *["branches"] * 4, "activation"]
 
 
 @st.composite
@@ -165,6 +197,8 @@ class Net(nn.Module):
         if kind == "block":
             linear, affine, more = given
             return nn.Sequential(*(self._make(*part) for part in (linear, affine, *more)))
+        if kind == "branches":
+            return self._branches(*given)
         if kind == "convolution":
             return self._convolution(**given[0])
         if kind == "linear":
@@ -174,6 +208,18 @@ class Net(nn.Module):
         if kind == "number":
             return Number(*given)
         return Affine(given[0]) if kind == "affine" else None
+
+    def _branches(self, stride: int, groups: int, transposed: bool, branches: list[Any]) -> nn.Module:
+        common = {"stride": stride, "groups": groups, "transposed": transposed, "padding_mode": "zeros"}
+        parts = []
+        for given, affines, *_ in branches:
+            part: list[Any] = [self._make(*affine) for affine in affines]
+            if given is not None:
+                kernel_size, dilation, bias = given
+                part.insert(0, self._convolution(kernel_size=kernel_size, dilation=dilation, bias=bias, **common))
+            parts.append(nn.Sequential(*part))
+        *_, factors, detached = zip(*branches, strict=True)
+        return Branches(parts, factors, detached)
 
     def _convolution(self, *, transposed: bool, padding_mode: str, **options: Any) -> nn.Module:
         """Padded so that a stride of 1 keeps the size."""
@@ -304,9 +350,10 @@ def _tuned(model: nn.Module, x: Tensor, case: Case) -> tuple[dict[str, Tensor | 
     no_limit = torch._functorch.config.patch(ban_recompute_long_fusible_chains=False)
     # to the partitioner the slice of a concatenation is as good as what it is sliced from, though it keeps more
     as_partitioned = mock.patch.object(saved_bytes, "_num_bytes", lambda node: node.meta["val"].nbytes)
-    with warnings.catch_warnings(), no_limit, as_partitioned:
+    with warnings.catch_warnings(), no_limit, as_partitioned, counted() as counts:
         warnings.simplefilter("error")
         found = run(torch.compile(model, backend=backend), model, x)
+    assert counts.convolutions_gone == counts.merged
     return found, Report.sum(reports)
 
 

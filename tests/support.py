@@ -101,6 +101,8 @@ class Counts:
     """What the joint pass did while one looked."""
 
     folded: int = 0
+    merged: int = 0
+    convolutions_gone: int = 0
     refused: list[Any] = field(default_factory=list)
     rewrites: list[Any] = field(default_factory=list)
     graphs: int = 0
@@ -118,9 +120,12 @@ def counted() -> Iterator[Counts]:
     counts, original = Counts(), joint_pass.run
 
     def counting(graph: fx.Graph, **kwargs: Any) -> Any:
+        convolutions = _num_convolutions(graph)
         report = original(graph, **kwargs)
+        counts.convolutions_gone += convolutions - _num_convolutions(graph.owning_module.graph)
         counts.graphs += 1
         counts.folded += report.folded
+        counts.merged += report.merged
         counts.rewrites += report.rewrites
         counts.refused += report.refused
         return report
@@ -130,6 +135,10 @@ def counted() -> Iterator[Counts]:
         yield counts
     finally:
         joint_pass.run = original
+
+
+def _num_convolutions(graph: fx.Graph) -> int:
+    return len(graph.find_nodes(op="call_function", target=torch.ops.aten.convolution.default))
 
 
 def joint_graph(model: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:

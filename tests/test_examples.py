@@ -46,3 +46,11 @@ def test_finetune(tmp_path):
 def test_fold_cost():
     printed = run("fold_cost.py", "resnet18", "--shape", 1, 3, 32, 32, "--steps", 2, "--lowering", "aot_eager")
     assert 'fold="always"' in printed
+
+
+def test_finetune_repvgg():
+    arguments = ["--shape", 2, 3, 64, 64, "--steps", 2, "--lowering", "aot_eager", "--threads", 1]
+    lines = run("finetune_repvgg.py", "repvgg_a0", *arguments).splitlines()
+    rows = {name: line for line in lines for name in ("Inductor Eval", "Tune, merged") if line.startswith(name)}
+    eval_loss, tune_loss = (float(row.split()[-2]) for row in rows.values())
+    assert tune_loss == pytest.approx(eval_loss, rel=1e-3)

@@ -12,20 +12,20 @@ pytestmark = pytest.mark.filterwarnings("ignore:convbn_tune folded no batch norm
 
 
 def test_random_networks():
-    assert fuzz(60, seed=0, progress=False) > 30
+    assert fuzz(40, seed=0, progress=False) > 30
 
 
-@pytest.mark.parametrize("name", ["fold", "_sum"])
+@pytest.mark.parametrize("name", ["fold", "_sum", "identity"])
 def test_fuzzing_finds_a_wrong_fold(name, monkeypatch):
     right = getattr(affine_of_linear, name)
 
     def wrong(*args, **kwargs):
         found = right(*args, **kwargs)
-        return found * 1.01 if name == "_sum" else (found[0] * 1.01, found[1])
+        return (found[0] * 1.01, found[1]) if name == "fold" else found * 1.01
 
     monkeypatch.setattr(affine_of_linear, name, wrong)
     with pytest.raises(AssertionError):
-        fuzz(60, seed=0, shrink=False, progress=False)
+        fuzz(60, seed=2, shrink=False, progress=False)
 
 
 def test_a_number_is_all_that_is_added():

@@ -9,7 +9,7 @@ from test_backend import double, pair
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy
 
-from convbn_compile import _cached_report, _torch, backend, joint_pass, lowering
+from convbn_compile import _cached_report, _rewrite, _torch, backend, joint_pass, lowering
 from convbn_compile.identities import affine_of_linear, crop_of_pad, mask_of_clamp
 from convbn_compile.report import Report
 
@@ -128,15 +128,18 @@ STAGES = [
     (joint_pass, "cancel_aliases"),
     (joint_pass, "linear_operators"),
     (joint_pass, "follow"),
-    (affine_of_linear, "match"),
+    (joint_pass, "share_casts"),
+    (joint_pass, "parallel"),
+    (joint_pass, "match"),
     (joint_pass.cost, "objection"),
-    (affine_of_linear, "rewrite"),
-    (affine_of_linear, "splice"),
-    (affine_of_linear, "_rewrite_backward"),
+    (joint_pass, "rewrite"),
+    (_rewrite, "splice"),
+    (_rewrite, "_rewrite_backward"),
+    (affine_of_linear, "fold"),
     (mask_of_clamp, "match"),
     (crop_of_pad, "match"),
     (joint_pass, "save_reads_of"),
-    (joint_pass, "_report"),
+    (joint_pass, "report_of"),
 ]
 IDS = [f"{module.__name__}.{name}" for module, name in STAGES]
 

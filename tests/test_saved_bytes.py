@@ -1,6 +1,9 @@
 """Bytes saved for backward: those of the fused network, never above plain Inductor's, the folded weight never."""
 
+from functools import partial
+
 import pytest
+import timm
 import torch
 import torchvision
 from saved_bytes import measure, saved_for_backward
@@ -46,12 +49,34 @@ def test_saved_bytes_are_those_of_the_fused_network(name, shape, goal, capsys):
     assert row["Tune"] < row["Inductor Eval"] < row["eager Eval"]
 
 
-NETS = ["densenet121", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "shufflenet_v2_x0_5"]
+CONVNEXT_ATTO = 2 * 40 * 56**2 + 2 * 80 * 28**2 + 6 * 160 * 14**2 + 2 * 320 * 7**2
+DINOV2_SMALL_OF_4_BLOCKS = 2 * 4 * 384 * (16**2 + 1)
 
 
-@pytest.mark.parametrize("name", NETS)
-def test_never_above_plain_inductor(name):
-    report = convbn_compile.explain(model(name), torch.randn(2, 3, 64, 64))
+@pytest.mark.parametrize(
+    ("name", "options", "scaled"),
+    [
+        ("convnext_atto", {}, CONVNEXT_ATTO),
+        ("vit_small_patch14_dinov2", {"img_size": 224, "depth": 4}, DINOV2_SMALL_OF_4_BLOCKS),
+    ],
+)
+def test_layer_scale_does_not_keep_what_it_scales(name, options, scaled):
+    """After a convolution, or after a linear layer of tokens; not one byte of those outputs is saved."""
+    network, x = timm.create_model(name, **options).to("meta").eval(), torch.empty(2, 3, 224, 224, device="meta")
+    report = convbn_compile.explain(network, x)
+    assert report.saved_bytes_before - report.saved_bytes_after == 2 * 4 * scaled
+
+
+NETS = ["mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "shufflenet_v2_x0_5"]
+
+
+def small_densenet():
+    return randomise(torchvision.models.DenseNet(block_config=(2, 4, 2)))
+
+
+@pytest.mark.parametrize("make", [small_densenet, *(partial(model, name) for name in NETS)], ids=["densenet", *NETS])
+def test_never_above_plain_inductor(make):
+    report = convbn_compile.explain(make(), torch.randn(2, 3, 64, 64))
     assert report.folded
     assert report.saved_bytes_after <= report.saved_bytes_before
 

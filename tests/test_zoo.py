@@ -38,13 +38,13 @@ def test_zoo(name):
 
 
 def test_a_norm_without_a_line_is_seen(monkeypatch):
-    right = joint_pass._report
+    right = joint_pass.report_of
 
     def wrong(*args):
-        report = right(*args)
-        return dataclasses.replace(report, rewrites=report.rewrites[1:])
+        found = right(*args)
+        return dataclasses.replace(found, rewrites=found.rewrites[1:])
 
-    monkeypatch.setattr(joint_pass, "_report", wrong)
+    monkeypatch.setattr(joint_pass, "report_of", wrong)
     assert not row_of("test_resnet").right
 
 

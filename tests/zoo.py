@@ -44,7 +44,7 @@ TIMM = tuple(
     efficientformer_l1 efficientformerv2_s0 test_efficientnet efficientvim_m1 efficientvit_b0 efficientvit_m0
     fasternet_t0 fastvit_t8 ghostnet_050 hardcorenas_b hgnetv2_b0 hrnet_w18_small iformer_t inception_next_atto
     inception_resnet_v2 inception_v3 inception_v4 lcnetv2_small levit_128s lowformer_b0 test_coatnet
-    mobilenetv3_small_050 mobilevit_xxs nasnetalarge nextvit_small pnasnet5large regnetx_002 repghostnet_050 repvit_m1
+    mobilenetv3_small_050 mobilevit_xxs nasnetalarge nextvit_small pnasnet5large regnetx_002 repghostnet_050 repvit_m0_9
     res2next50 resnest14d test_resnet resnetv2_18 rexnet_100 selecsls42 legacy_seresnet18 shvit_s1 skresnet18
     starnet_s050 swiftformer_xs tiny_vit_5m_224 tresnet_m vgg11_bn visformer_tiny repvgg_a0 mobileone_s0 convnext_atto
     """.split()  # noqa: SIM905
@@ -79,6 +79,7 @@ class Row:
     folded: int = 0
     refused: dict[str, int] = field(default_factory=dict)
     by_hand: int = 0
+    merged: int = 0
     output: float = float("nan")
     gradients: float = float("nan")
     against: str = "eager"
@@ -101,6 +102,7 @@ class Row:
             self.norms,
             self.folded,
             self.by_hand or "",
+            self.merged or "",
             reasons,
             *errors,
             self.against,
@@ -108,7 +110,8 @@ class Row:
         ]
 
 
-HEADERS = ["library", "model", "norms", "folded", "by hand", "left alone", "output", "gradients", "against", "right"]
+FIRST, LAST = ["library", "model", "norms", "folded", "by hand"], ["output", "gradients", "against", "right"]
+HEADERS = [*FIRST, "merged", "left alone", *LAST]
 
 
 class CountNorms(TorchDispatchMode):
@@ -309,7 +312,8 @@ def _compare(entry: Entry, row: Row) -> None:
         warnings.filterwarnings("ignore", message="convbn_tune folded no batch norm")
         tuned = _run(compiled(model, fold="always"), model, inputs)
     norms = [item for item in counts.rewrites if item.kind == "batch norm"]
-    row.folded, row.by_hand = len(norms), len(counts.rewrites) - len(norms)
+    row.folded, row.by_hand = len(norms), sum(item.kind == "affine" for item in counts.rewrites)
+    row.merged = counts.merged
     for refusal in counts.refused:
         if refusal.kind == "batch norm":
             row.refused[refusal.reason] = row.refused.get(refusal.reason, 0) + 1
@@ -410,13 +414,13 @@ def page(rows: list[Row]) -> str:
     right = sum(row.right for row in rows)
     norms, folded = sum(row.norms for row in rows), sum(row.folded for row in rows)
     table = tabulate([row.cells() for row in rows], headers=HEADERS, tablefmt="pipe")
-    by_hand = sum(row.by_hand for row in rows)
+    by_hand, merged = (sum(getattr(row, name) for row in rows) for name in ("by_hand", "merged"))
     return f"""# The zoo
 
 `make zoo` runs {len(rows)} real models with random weights and batch norms that are never default, in float64, and
 compares output and every gradient with eager: {right} of {len(rows)} are right. Of {norms} batch norms, counted
 independently in an eager run, {folded} are folded; each of the others has a reason. {by_hand} norms and scales written
-by hand are folded, too. {named}; Python {platform.python_version()}, CPU.
+by hand are folded, too, and {merged} convolutions merged into others. {named}; Python {platform.python_version()}, CPU.
 
 Errors are relative, the largest of all outputs and of all gradients. `lowering="aot_eager"`, inputs as small as a model
 takes, `fold="always"`, because what pays depends on the sizes. *Against*: where eager itself differs from the same

@@ -4,10 +4,11 @@
     (2) scale_in_grad_input        grad_input(s . g, w) = grad_input(g, s . w)
     (3) scale_in_grad_weight       grad_weight(s . g, x) = s . grad_weight(g, x)
     (4) inner_product_with_output  <g, w (*) x>_c = <grad_weight(g, x), w>_c          for each output channel c
+    (5) sum_of_branches            sum of w_k (*) x = merge(w_k) (*) x
 
 and the theorem that puts them together and is what the joint pass rewrites:
 
-    affine_of_linear               s . (w (*) x + b) + t = (s . w) (*) x + b',  with all its gradients
+    affine_of_linear               sum of s_k . (w_k (*) x + b_k) + t = W (*) x + b',  with all its gradients
 
 and two of their own, which free what the activation after a folded norm would save:
 

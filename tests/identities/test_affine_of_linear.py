@@ -8,9 +8,10 @@ import torch
 from identities.grid import GROUPED_TRANSPOSED, IDS, PLAIN, SCALE_MUTANTS, SETTINGS, SUM_MUTANTS, TOLERANCE, case, error
 
 from convbn_compile._aten import MatmulParams
-from convbn_compile._per_channel import Scale, Shift
+from convbn_compile._form import Form, Scale, Shift
 from convbn_compile.identities import affine_of_linear as theorem
 from convbn_compile.identities.affine_of_linear import Needs
+from convbn_compile.identities.sum_of_branches import Merged
 
 
 def random(*shape, seed=2):
@@ -44,29 +45,30 @@ def difference(input, weight, bias, conv, maps, *, mutate=lambda steps: steps):
     """Largest relative error of the output, the three gradients, and a product's sum."""
     steps, trained = maps()
     leaves = [tensor.requires_grad_() for tensor in (input, weight, bias) if tensor is not None]
-    output = theorem.before(input, weight, bias, steps, conv=conv)
+    start, merged = Form((1.0,), 0.0 if bias is None else bias), Merged(conv, (), ((),))
+    output = theorem.before([conv.forward(input, weight, bias)], Form((1.0,)).after(steps))
     grad_output = random(*output.shape, seed=9)
     wanted = torch.autograd.grad(output, leaves, grad_output)
     with torch.no_grad():
-        halfway = theorem.before(input, weight, bias, steps[:trained], conv=conv)
+        halfway = theorem.before([conv.forward(input, weight, bias)], Form((1.0,)).after(steps[:trained]))
         product = (grad_output * 3.0 * halfway).sum([0, *range(2, output.dim())])
         steps = mutate(steps)
-        scales = tuple(step for step in steps if isinstance(step, Scale))
-        folded, shift = theorem.fold(weight, bias, steps, conv=conv, channels=8, dtype=torch.float64)
-        found = theorem.forward(input, folded, shift, conv=conv)
-        backward_weight, _ = theorem.fold(weight, bias, scales, conv=conv, channels=8, dtype=torch.float64)
-        *gradients, sums = theorem.backward(
+        folded, shift = theorem.fold([weight], start.after(steps), merged, channels=8, dtype=torch.float64)
+        found = theorem.forward(input, folded, shift, merged)
+        scale = Form((1.0,)).after(tuple(step for step in steps if isinstance(step, Scale)))
+        backward_weight, _ = theorem.fold([weight], scale, merged, channels=8, dtype=torch.float64)
+        grad_input, grad_weights, grad_biases, sums = theorem.backward(
             grad_output,
             input,
-            weight,
-            bias,
+            [weight],
             backward_weight,
-            scales,
-            [(steps[:trained], (Scale(3.0),))],
-            conv=conv,
-            needs=Needs(bias=bias is not None),
+            scale.scales,
+            [(start.after(steps[:trained]), 3.0)],
+            merged,
+            needs=Needs(True, (True,), (bias is not None,)),
         )
-    pairs = [*zip([tensor for tensor in gradients if tensor is not None], wanted, strict=True), (sums[0], product)]
+    gradients = [tensor for tensor in (grad_input, *grad_weights, *grad_biases) if tensor is not None]
+    pairs = [*zip(gradients, wanted, strict=True), (sums[0], product)]
     return max(error(found, output), *(error(mine, autograd) for mine, autograd in pairs))
 
 
@@ -127,16 +129,14 @@ def test_mutant_of_the_steps_fails(mutate):
     assert convolution(PLAIN, mutate=mutate) > 0.1
 
 
-@pytest.mark.parametrize("wanted", [*(field.name for field in dataclasses.fields(Needs)), "product"])
+@pytest.mark.parametrize("wanted", ["input", "weights", "biases", "product"])
 def test_only_what_is_needed_is_computed(wanted):
     c = case(PLAIN)
-    names = [field.name for field in dataclasses.fields(Needs)]
-    needs = Needs(**{name: name == wanted for name in names})
-    products = [((), ())] if wanted == "product" else []
-    *gradients, sums = theorem.backward(
-        c.grad_output, c.input, c.weight, c.bias, c.weight, (), products, conv=c.conv, needs=needs
+    needs = Needs(wanted == "input", (wanted == "weights",), (wanted == "biases",))
+    products = [(Form((1.0,)), 1.0)] if wanted == "product" else []
+    grad_input, (grad_weight,), (grad_bias,), sums = theorem.backward(
+        c.grad_output, c.input, [c.weight], c.weight, [1.0], products, Merged(c.conv, (), ((),)), needs=needs
     )
-    assert [name for name, tensor in zip(names, gradients, strict=True) if tensor is not None] == [
-        name for name in names if name == wanted
-    ]
+    found = {"input": grad_input, "weights": grad_weight, "biases": grad_bias}
+    assert [name for name, tensor in found.items() if tensor is not None] == [name for name in found if name == wanted]
     assert len(sums) == len(products)
