@@ -1,10 +1,11 @@
 """What folding costs in step time, with the cost rule and without: fold="auto", fold="always", no folds.
 
     python examples/fold_cost.py mobilenet_v2 --shape 16 3 96 96 --frozen norms
-    python examples/fold_cost.py resnet18 --shape 1 3 64 64 --threads 1
+    python examples/fold_cost.py resnet18 --shape 1 3 64 64
+    python examples/fold_cost.py branches --shape 1 256 4 4
 
 Steps of forward and backward in turn, so that all meet the same machine; medians, as ratios to no folds. Networks are
-torchvision's, with random weights and batch norm on running statistics.
+torchvision's, with random weights and batch norm on running statistics, or three blocks of parallel branches.
 """
 
 from __future__ import annotations
@@ -26,6 +27,22 @@ CONTENDERS = {
     'fold="auto"': {"fold": "auto"},
     'fold="always"': {"fold": "always"},
 }
+
+
+class Branches(nn.Module):
+    """RepVGG's block: 3x3, 1x1 and the input itself, each with its norm."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(channels, channels, size, padding=size // 2, bias=False), nn.BatchNorm2d(channels))
+            for size in (3, 1)
+        )
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tensors [N, channels, H, W], both."""
+        return (self.norm(x) + sum(convolution(x) for convolution in self.convolutions)).relu()
 
 
 def freeze(model: nn.Module, frozen: str) -> nn.Module:
@@ -58,7 +75,7 @@ def medians(functions: dict[str, Callable[..., Tensor]], x: Tensor, steps: int) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="name of a torchvision classification model")
+    parser.add_argument("model", help="name of a torchvision classification model, or branches")
     parser.add_argument("--shape", type=int, nargs=4, default=(8, 3, 128, 128), help="of the batch")
     parser.add_argument("--frozen", choices=("nothing", "norms", "convolutions"), default="nothing")
     parser.add_argument("--steps", type=int, default=40)
@@ -70,8 +87,12 @@ def main() -> None:
     import torchvision
 
     torch.manual_seed(0)
-    model = freeze(torchvision.models.get_model(arguments.model, weights=None).eval(), arguments.frozen)
     x = torch.randn(arguments.shape)
+    if arguments.model == "branches":
+        model: nn.Module = nn.Sequential(*(Branches(x.shape[1]) for _ in range(3)))
+    else:
+        model = torchvision.models.get_model(arguments.model, weights=None)
+    model = freeze(model.eval(), arguments.frozen)
     functions = {
         name: compiled(model, x, {**options, "lowering": arguments.lowering}) for name, options in CONTENDERS.items()
     }
