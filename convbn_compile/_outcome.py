@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from convbn_compile._aten import LinearOperator
 from convbn_compile._per_channel import Affine
-from convbn_compile._region import Region, Span, adds_up, last, operator_name, scales
+from convbn_compile._region import Region, Span, adds_up, last_scale, operator_name
 from convbn_compile.report import Kind, Refusal, Report, Rewrite
 
 
@@ -51,7 +51,7 @@ class Outcome:
     def of_fold(cls, found: Region, reason: str | None) -> Outcome:
         """The outcome of a region of one branch."""
         inside = [affine.node for affine in found.output.ancestors()]
-        scale, affines = last(found.output.ancestors(), scales), found.span.affines
+        scale, affines = last_scale(found.output.ancestors()), found.span.affines
         return cls(found.first.name, reason, affines, inside, {} if scale is None else {scale: affines})
 
     @classmethod
@@ -60,7 +60,7 @@ class Outcome:
         parts: dict[frozenset[Node], list[Affine]] = {}
         for affine in output.ancestors():
             parts.setdefault(affine.starts, []).append(affine)
-        lasts = {last(part, scales): [affine.node for affine in part] for part in parts.values()}
+        lasts = {last_scale(part): [affine.node for affine in part] for part in parts.values()}
         maps = {scale: nodes for scale, nodes in lasts.items() if scale is not None}
         inside = [affine.node for affine in output.ancestors() if affine.node is not op.input]
         past = [node for node, affine in span.affines.items() if affine.starts == output.starts]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -98,9 +98,9 @@ def adds_up(affine: Affine) -> bool:
     return len(affine.parents) > 1
 
 
-def last(affines: Iterable[Affine], kind: Callable[[Affine], bool]) -> Node | None:
-    """The last node of a kind."""
-    return max((affine.node for affine in affines if kind(affine)), default=None)
+def last_scale(affines: Iterable[Affine]) -> Node | None:
+    """The last node that scales by a tensor."""
+    return max((affine.node for affine in affines if scales(affine)), default=None)
 
 
 def follow(starts: Sequence[Node], gradients: Gradients) -> Span:

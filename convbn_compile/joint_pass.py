@@ -17,7 +17,7 @@ from convbn_compile._aten import BatchNorm, Gradients, LinearOperator, linear_op
 from convbn_compile._match import Match, match
 from convbn_compile._outcome import Norm, Outcome, path, report_of
 from convbn_compile._per_channel import Affine
-from convbn_compile._region import Region, follow, last, last_region, parallel, region, scales, sums
+from convbn_compile._region import Region, follow, last_region, last_scale, parallel, region, scales, sums
 from convbn_compile._rewrite import rewrite
 from convbn_compile._splice import cancel_aliases, copy_graph, restride, share_casts, splice
 from convbn_compile.identities import crop_of_pad, mask_of_clamp
@@ -125,7 +125,7 @@ class Folding:
         found = last_region(span, op)
         if found is None:
             return Outcome(op.name, "nothing reads its output", span.affines)
-        if last(found.output.ancestors(), scales) is None:
+        if last_scale(found.output.ancestors()) is None:
             beside = next((affine.node for affine in span.affines.values() if scales(affine)), None)
             also = f"the {op.name}'s output is also read by {', '.join(span.readers)}"
             return Outcome(op.name, also, span.affines, maps={} if beside is None else {beside: span.affines})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +57,15 @@ def _joint_pass(
 ) -> _torch.GraphPass:
     """The joint pass of a mode, as a function of the graph alone."""
     fold = options.fold if options.mode.folds else None
+    rewrite = partial(joint_pass.run, fold=fold, merge_branches=options.merge_branches)
 
     def report_on(graph: fx.Graph) -> Report:
         if not measure or not _torch.is_joint(graph):
-            return joint_pass.run(graph, fold=fold, merge_branches=options.merge_branches)
+            return rewrite(graph)
         module = graph.owning_module
         assert module is not None, "a joint graph has a module"
         before = _measured(graph)
-        report = joint_pass.run(graph, fold=fold, merge_branches=options.merge_branches)
+        report = rewrite(graph)
         return replace(report, saved_bytes_before=before, saved_bytes_after=_measured(module.graph))
 
     def run(graph: fx.Graph) -> None:

@@ -188,34 +188,28 @@ def test_gradients_that_lie_otherwise_in_memory():
     assert counts.folded == 2
 
 
-class Beside(nn.Module):
-    """Reads its input again, past what is in it."""
+class Around(nn.Module):
+    """What a function makes of an input and of what is in the module."""
 
-    def __init__(self, inner):
+    def __init__(self, inner, function):
         super().__init__()
-        self.inner = inner
+        self.inner, self.function = inner, function
 
     def forward(self, x):
-        return x.sigmoid() + self.inner(x) - x.exp() * 0.1
+        return self.function(x, self.inner)
+
+
+def beside(inner):
+    """Reads its input again, past what is in it."""
+    return Around(inner, lambda x, inner: x.sigmoid() + inner(x) - x.exp() * 0.1)
 
 
 @pytest.mark.parametrize("make", [repvgg, rep_mixer])
 def test_the_input_is_read_elsewhere(make):
     """Of the sum that is its gradient, what the branches put in goes, the rest stays."""
     with counted() as counts:
-        assert_as_eager(nn.Sequential(Beside(make()), Beside(make())), double(2, 4, 9, 8))
+        assert_as_eager(nn.Sequential(beside(make()), beside(make())), double(2, 4, 9, 8))
     assert counts.merged == 2
-
-
-class Detached(nn.Module):
-    """Gives what is in it no gradient of its input."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        return self.inner(x.detach())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
@@ -223,7 +217,7 @@ class Detached(nn.Module):
 def test_a_branch_of_the_detached_input(place, dtype):
     """Its weight has a gradient, the input has none from it."""
     model = repvgg()
-    model.branches[place] = Detached(model.branches[place])
+    model.branches[place] = Around(model.branches[place], lambda x, inner: inner(x.detach()))
     tolerance = {} if dtype is torch.float64 else {"output": 1e-2, "gradients": 1e-2}
     with counted() as counts:
         assert_as_eager(
@@ -343,35 +337,33 @@ def test_what_was_folded_by_itself_is_not_merged_after(kernels):
     assert (counts.convolutions_gone, counts.merged, counts.folded) == (0, 0, 2)
 
 
+class Gated(nn.Module):
+    """A block, and a norm that the function applies somewhere else."""
+
+    def __init__(self, block, function):
+        super().__init__()
+        self.block, self.gate, self.function = block, norm(4), function
+        randomise(self.double())
+
+    def forward(self, x):
+        return self.function(x.exp(), self.block, self.gate)
+
+
 def test_another_norm_of_the_input_has_a_reason_of_its_own():
-    class Gated(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.block, self.gate = repvgg(), norm(4)
-            randomise(self.double())
-
-        def forward(self, x):
-            x = x.exp()
-            return self.block(x) * self.gate(x).sigmoid()
-
-    report = convbn_compile.explain(Gated(), double(2, 4, 9, 8))
+    model = Gated(repvgg(), lambda x, block, gate: block(x) * gate(x).sigmoid())
+    report = convbn_compile.explain(model, double(2, 4, 9, 8))
     (refusal,) = report.refused
     assert (refusal.module, report.merged) == ("gate", 1)
     assert refusal.reason == "its input comes from aten.exp, not from a convolution or linear layer"
 
 
 def test_a_norm_of_a_merged_sum_that_something_else_reads():
-    class Gated(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.block, self.gate = Sum(conv_norm(4, (3, 3)), conv_norm(4, (1, 1))), norm(4)
-            randomise(self.double())
+    def gated(x, block, gate):
+        both = sum(branch(x) for branch in block.branches)
+        return both.sigmoid() * gate(both)
 
-        def forward(self, x):
-            both = sum(branch(x) for branch in self.block.branches)
-            return both.sigmoid() * self.gate(both)
-
-    report = convbn_compile.explain(Gated(), double(2, 4, 9, 8))
+    model = Gated(Sum(conv_norm(4, (3, 3)), conv_norm(4, (1, 1))), gated)
+    report = convbn_compile.explain(model, double(2, 4, 9, 8))
     (refusal,) = report.refused
     assert (refusal.module, refusal.reason, report.merged) == ("gate", "something else reads its input, too", 1)
 
