@@ -1,5 +1,6 @@
 """Fine-tune convolutional networks at the cost of fused ones: torch.compile(model, backend="convbn_tune")."""
 
+from convbn_compile.deploy import refresh as refresh
 from convbn_compile.explain import explain as explain
 from convbn_compile.modes import freeze_batch_norm as freeze_batch_norm
 from convbn_compile.modes import turn_off as turn_off

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -18,9 +18,10 @@ from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.external_utils import wrap_inline
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._guards import detect_fake_mode
+from torch._guards import TracingContext, detect_fake_mode
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
@@ -38,10 +39,16 @@ BatchNormModule = _BatchNorm
 
 CompiledFunction = Callable[..., Any]
 GraphPass = Callable[[fx.Graph], None]
+CompileGraph = Callable[[fx.GraphModule, Sequence[Any], Sequence[int]], CompiledFunction]
+"""Compiles a graph, with its inputs, and which of them are the same tensors in every call."""
+CompileInference = Callable[[fx.GraphModule, Sequence[Any], Sequence[int], CompileGraph], CompiledFunction]
+"""Likewise, by means of a CompileGraph."""
 
 __all__ = [
     "USERS_PASS",
     "BatchNormModule",
+    "CompileGraph",
+    "CompileInference",
     "CompiledFunction",
     "GraphPass",
     "batch_norm_ops",
@@ -224,6 +231,72 @@ def num_forward_outputs(joint: fx.Graph) -> int:
     return gradients[0] if gradients else len(kinds)
 
 
+# --- deploy ------------------------------------------------------------------------------------------------------
+
+
+def static_inputs() -> list[int]:
+    """Which inputs of the graph that is being compiled are parameters and buffers, the same tensors in every call.
+
+    Hides: TracingContext.fw_metadata. Tensors that FSDP manages are not among them.
+    """
+    context = TracingContext.try_get()
+    return [] if context is None or context.fw_metadata is None else list(context.fw_metadata.static_input_indices)
+
+
+def is_function(node: fx.Node) -> bool:
+    """True if the node calls an operator that gives the same for the same input, and writes to nothing."""
+    target = node.target
+    return (
+        isinstance(target, OpOverload)
+        and not target._schema.is_mutable
+        and torch.Tag.nondeterministic_seeded not in target.tags
+    )
+
+
+def versions(tensors: Sequence[Tensor]) -> list[int] | None:
+    """How often each tensor was written to; None if torch does not keep count, as of inference tensors."""
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:
+        return None
+
+
+def statistics(gm: fx.GraphModule) -> list[dict[str, Any]]:
+    """The buffers of every batch norm whose running_mean a Dynamo graph reads and that counts its batches.
+
+    Hides: the sources of Dynamo's placeholders, and the scope that they are found in.
+    """
+    sources = [getattr(node, "_dynamo_source", None) for node in gm.graph.find_nodes(op="placeholder")]
+    names = [source.name if isinstance(source.name, str) else source.name() for source in sources if source is not None]
+    buffers = [name.removesuffix("['running_mean']") for name in names if name.endswith("._buffers['running_mean']")]
+    if not buffers:
+        return []
+    output = InstructionTranslator.current_tx().output
+    scope = {"L": output.local_scope, "G": output.global_scope}
+    found = [eval(name, scope) for name in buffers]
+    return [tensors for tensors in found if isinstance(tensors.get("num_batches_tracked"), Tensor)]
+
+
+def writes_uncounted() -> bool:
+    """True inside DistributedDataParallel's forward, if that sends buffers, of which it counts no version."""
+    if not torch.distributed.is_available():
+        return False
+    wrapper: Any = nn.parallel.DistributedDataParallel._active_ddp_module
+    return wrapper is not None and bool(wrapper.will_sync_module_buffers())
+
+
+def no_autocast() -> contextlib.AbstractContextManager[None]:
+    """What is traced has the casts of autocast in it already."""
+    return torch._C._DisableAutocast()
+
+
+def as_traced(tensor: Tensor, node: fx.Node) -> Tensor:
+    """The tensor in memory of its own, with the strides that a graph was traced with."""
+    traced = node.meta["val"]
+    made = torch.empty_strided(traced.shape, traced.stride(), dtype=traced.dtype, device=tensor.device)
+    return made.copy_(tensor)
+
+
 # --- lowering ----------------------------------------------------------------------------------------------------
 
 
@@ -255,12 +328,20 @@ def _chain(ours: GraphPass, uuid: str, config: Mapping[str, Any]) -> _CachedPass
     return _CachedPass((ours, *others), None if None in uuids else (uuid, *uuids))
 
 
-def _inner_compile(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+def _inner_compile(
+    gm: fx.GraphModule, inputs: Sequence[Any], *, on_inference: CompileInference | None, **kwargs: Any
+) -> Any:
     """Inductor's inner compiler with its own table back: ours does not pickle, which bypasses the FX-graph cache."""
     if "get_decomp_fn" in kwargs:
         kwargs["get_decomp_fn"] = select_decomp_table
     _save_inputs_as_they_are(gm.graph)
-    return compile_fx_inner(gm, inputs, **kwargs)
+    if on_inference is None or not kwargs.get("is_inference"):
+        return compile_fx_inner(gm, inputs, **kwargs)
+
+    def compile_graph(part: fx.GraphModule, part_inputs: Sequence[Any], static: Sequence[int]) -> Any:
+        return compile_fx_inner(part, part_inputs, **{**kwargs, "static_input_idxs": static})
+
+    return on_inference(gm, inputs, kwargs["static_input_idxs"], compile_graph)
 
 
 def _save_inputs_as_they_are(forward: fx.Graph) -> None:
@@ -285,8 +366,11 @@ def compile_with_inductor(
     uuid: str,
     config: Mapping[str, Any],
     memory_budget: float,
+    on_inference: CompileInference | None = None,
 ) -> CompiledFunction:
     """Compile a Dynamo graph with Inductor, `joint_pass` run first on the joint (or inference) graph.
+
+    `on_inference` is handed each inference graph, in place of Inductor's inner compiler.
 
     Hides: compile_fx, config.joint_custom_pre_pass, functorch's activation_memory_budget.
     """
@@ -295,7 +379,10 @@ def compile_with_inductor(
         arguments: dict[str, Any] = {}
     else:
         patches[USERS_PASS] = _chain(joint_pass, uuid, config)
-        arguments = {"decompositions": _whole_batch_norm(), "inner_compile": _inner_compile}
+        arguments = {
+            "decompositions": _whole_batch_norm(),
+            "inner_compile": partial(_inner_compile, on_inference=on_inference),
+        }
     with _budget(memory_budget):
         compiled: Any = compile_fx(gm, inputs, config_patches=patches, **arguments)
     return compiled  # type: ignore[no-any-return]
@@ -308,6 +395,7 @@ def compile_with_aot_eager(
     joint_pass: GraphPass,
     config: Mapping[str, Any],
     memory_budget: float,
+    on_inference: CompileInference | None = None,
 ) -> CompiledFunction:
     """Compile a Dynamo graph with AOTAutograd and run its graphs as they are, without code generation.
 
@@ -315,9 +403,11 @@ def compile_with_aot_eager(
     """
     passes = _chain(joint_pass, "", config)
 
-    def inference(graph_module: fx.GraphModule, _: Sequence[Any]) -> CompiledFunction:
+    def inference(graph_module: fx.GraphModule, graph_inputs: Sequence[Any]) -> CompiledFunction:
         _on_every_graph(passes, graph_module)
-        return _as_is(graph_module)
+        if on_inference is None:
+            return _as_is(graph_module)
+        return on_inference(graph_module, graph_inputs, static_inputs(), lambda part, *_: _as_is(part))
 
     def partition_joint(joint: fx.GraphModule, joint_inputs: Sequence[Any], **kwargs: Any) -> Any:
         _on_every_graph(passes, joint)

@@ -30,13 +30,16 @@ def belongs_in_weight(found: Match) -> bool:
     return weight <= output or not found.region.products
 
 
-def objection(found: Match, *, trains: bool) -> str | None:
+def objection(found: Match, *, trains: bool, once: bool = False) -> str | None:
     """Why this rewrite does not pay, or None; measured in docs/architecture.md.
 
     Args:
         found: the match.
         trains: the graph has a backward part.
+        once: the weight is folded once for many calls, so that folding pays.
     """
+    if once:
+        return None
     op, saved = found.region.first, bool(found.region.products)
     weight, output = _sizes(found)
     if saved and not found.needs.weights[0]:
@@ -52,8 +55,12 @@ def objection(found: Match, *, trains: bool) -> str | None:
     return None
 
 
-def merge_objection(found: Match) -> str | None:
+def merge_objection(found: Match, *, once: bool = False) -> str | None:
     """Why one convolution would do more work than several, or keep more; None if it pays.
+
+    Args:
+        found: the match.
+        once: weights are added up once for many calls.
 
     Work is counted in multiplications. Forward and the input's gradient have each kernel's entries once, the weights'
     gradients those that are wanted; the branch that is the input itself is elementwise; so is adding weights up.
@@ -72,7 +79,7 @@ def merge_objection(found: Match) -> str | None:
     one = passes * entries * pairs * positions
     if one > several:
         return f"one kernel of {_by(found.merged.kernel)} would do more work"
-    if one + ELEMENTWISE * entries * pairs > several:
+    if not once and one + ELEMENTWISE * entries * pairs > several:
         return f"adding up the weights would be more work than what it saves at {positions} places of the output"
     return None
 

@@ -14,7 +14,9 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from convbn_compile import _torch, cost
 from convbn_compile._aten import BatchNorm, Gradients, LinearOperator, linear_operators, output
-from convbn_compile._match import Match, match
+from convbn_compile._constants import constant_nodes
+from convbn_compile._form import operands
+from convbn_compile._match import match
 from convbn_compile._outcome import Norm, Outcome, path, report_of
 from convbn_compile._per_channel import Affine
 from convbn_compile._region import Region, follow, last_region, last_scale, parallel, region, scales, sums
@@ -28,7 +30,7 @@ FAILED = "the pass failed"
 """How the reason starts that every norm has if the pass raised."""
 
 
-def run(graph: Graph, *, fold: Fold | None = Fold.AUTO, merge_branches: bool = True) -> Report:
+def run(graph: Graph, *, fold: Fold | None = Fold.AUTO, merge_branches: bool = True, once: bool = False) -> Report:
     """Rewrite the graph of a GraphModule; afterwards it holds no whole batch norm any more.
 
     The rewriting is done on a copy: if any of it fails, the graph stays as it was and a warning says so.
@@ -37,17 +39,20 @@ def run(graph: Graph, *, fold: Fold | None = Fold.AUTO, merge_branches: bool = T
         graph: a joint or inference graph with whole batch norms; its module gets the rewritten one.
         fold: what to fold; None only decomposes, which makes the graph that plain Inductor would have.
         merge_branches: merge parallel convolutions of one input.
+        once: what is made of parameters and buffers alone costs nothing, because it is kept.
 
     Raises:
         Exception: batch norm cannot be decomposed either, so that the graph is of no use.
     """
     module = graph.owning_module
     assert module is not None, "the joint pass needs a graph that a module owns"
+    report = Report()
     try:
         rewritten = copy_graph(graph)
         rewritten.eliminate_dead_code()
         norms = decompose_batch_norms(rewritten)
-        report = Report() if fold is None else _rewrite(rewritten, norms, fold, merge_branches=merge_branches)
+        if fold is not None:
+            report = _rewrite(rewritten, norms, fold, merge_branches=merge_branches, once=once)
         rewritten.lint()
     except Exception as error:  # noqa: BLE001  a user's training never dies of our optimisation
         _warn_of(error)
@@ -73,7 +78,7 @@ def decompose_batch_norms(graph: Graph) -> list[Norm]:
     return norms
 
 
-def _rewrite(graph: Graph, norms: Sequence[Norm], fold: Fold, *, merge_branches: bool) -> Report:
+def _rewrite(graph: Graph, norms: Sequence[Norm], fold: Fold, *, merge_branches: bool, once: bool) -> Report:
     """Apply the identities, in order."""
     cancel_aliases(graph)
     share_casts(graph)
@@ -81,7 +86,9 @@ def _rewrite(graph: Graph, norms: Sequence[Norm], fold: Fold, *, merge_branches:
     written, trains = _torch.mutated_inputs(graph), _torch.is_joint(graph)
     gradients = Gradients(graph)
     on_batch_statistics = {norm.output for norm in norms if norm.training or not norm.has_statistics}
-    outcomes = list(Folding(fold, merge_branches, gradients, written, on_batch_statistics, trains).all(graph))
+    kept = constant_nodes(graph, _torch.static_inputs()) if once else set()
+    folding = Folding(fold, merge_branches, gradients, written, on_batch_statistics, trains, kept)
+    outcomes = list(folding.all(graph))
     _torch.stable_topological_sort(graph)
     graph.eliminate_dead_code()
     restride(graph)
@@ -102,6 +109,7 @@ class Folding:
     written: Collection[Node]
     on_batch_statistics: Collection[Node | None]
     trains: bool
+    kept: Collection[Node]
 
     def all(self, graph: Graph) -> Iterator[Outcome]:
         """Merge branches where that can be done, and fold what is left, operator by operator."""
@@ -157,17 +165,23 @@ class Folding:
         if merged is not None:
             yield Outcome.of_merge(op, merged, span)
 
-    def _rewrite(self, region: Region, objection: Callable[[Match], str | None]) -> str | None:
+    def _rewrite(self, region: Region, objection: Callable[..., str | None]) -> str | None:
         """Rewrite a region; or why not."""
         if any(affine.node in self.on_batch_statistics for affine in region.output.ancestors()):
             return "a norm in it runs on batch statistics (training mode)"
         found = match(region, self.gradients, self.written)
         if isinstance(found, NoMatch):
             return found.reason
-        reason = objection(found) if self.fold is Fold.AUTO else None
+        reason = objection(found, once=self._is_done_once(region)) if self.fold is Fold.AUTO else None
         if reason is None:
             rewrite(found, in_weight=len(region.branches) > 1 or (found.fits and cost.belongs_in_weight(found)))
         return reason
+
+    def _is_done_once(self, region: Region) -> bool:
+        """True if all that goes into the folded weight is kept."""
+        read = [op.weight for op in region.operators]
+        read += operands(*(affine.steps for affine in region.output.ancestors()))
+        return bool(self.kept) and all(node in self.kept for node in read)
 
 
 def _apply(identity: Any, graph: Graph) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from convbn_compile import _torch, joint_pass
+from convbn_compile.deploy import keep_constants
 from convbn_compile.options import Lowering, Mode, Options
 from convbn_compile.report import Report
 from convbn_compile.saved_bytes import saved_bytes
@@ -46,6 +47,8 @@ def _lower(
     gm: fx.GraphModule, inputs: Sequence[Tensor], options: Options, joint_pass: _torch.GraphPass | None
 ) -> _torch.CompiledFunction:
     common: dict[str, Any] = {"config": options.inductor, "memory_budget": options.memory_budget}
+    if options.mode is Mode.DEPLOY:
+        common["on_inference"] = partial(keep_constants, statistics=_torch.statistics(gm))
     if options.lowering is Lowering.AOT_EAGER:
         return _torch.compile_with_aot_eager(gm, inputs, joint_pass=joint_pass or (lambda _: None), **common)
     joint_pass = joint_pass if options.mode.folds else None
@@ -57,7 +60,8 @@ def _joint_pass(
 ) -> _torch.GraphPass:
     """The joint pass of a mode, as a function of the graph alone."""
     fold = options.fold if options.mode.folds else None
-    rewrite = partial(joint_pass.run, fold=fold, merge_branches=options.merge_branches)
+    once = options.mode is Mode.DEPLOY
+    rewrite = partial(joint_pass.run, fold=fold, merge_branches=options.merge_branches, once=once)
 
     def report_on(graph: fx.Graph) -> Report:
         if not measure or not _torch.is_joint(graph):

@@ -1,0 +1,136 @@
+"""An inference graph in two: what is made of parameters and buffers alone, and the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from operator import getitem
+
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from convbn_compile import _torch
+
+
+@dataclass(frozen=True)
+class Split:
+    """An inference graph in two: what is made of its static inputs alone, and the rest.
+
+    Attributes:
+        constants: from the sources to what is kept.
+        rest: from what is kept and the other inputs to the outputs.
+        kept: the nodes that are kept, with the values they were traced with.
+        sources: which inputs `constants` reads.
+        others: which inputs `rest` reads.
+    """
+
+    constants: GraphModule
+    rest: GraphModule
+    kept: tuple[Node, ...]
+    sources: tuple[int, ...]
+    others: tuple[int, ...]
+
+
+def constant_nodes(graph: Graph, static: Collection[int]) -> set[Node]:
+    """The nodes that have one value as long as no static input changes, the static inputs themselves included.
+
+    Args:
+        graph: an inference graph.
+        static: which of its inputs are the same tensors in every call.
+    """
+    inputs = graph.find_nodes(op="placeholder")
+    written = set(_torch.mutated_inputs(graph))
+    constants = {inputs[index] for index in static if index < len(inputs)} - written
+    for node in graph.nodes:
+        if _is_function(node) and constants.issuperset(node.all_input_nodes):
+            constants.add(node)
+    return constants
+
+
+def _is_function(node: Node) -> bool:
+    """True if the node's output is tensors, and is determined by its input."""
+    tensors = node.meta.get("val")
+    if not all(isinstance(tensor, Tensor) for tensor in (tensors if isinstance(tensors, (tuple, list)) else [tensors])):
+        return False
+    return node.op == "get_attr" or node.target is getitem or _torch.is_function(node)
+
+
+def split(module: GraphModule, static: Collection[int]) -> Split | None:
+    """Split an inference graph; None if there is nothing to keep.
+
+    Kept is what the rest reads. Views are left to the rest, and so is what the caller gets, who may write to it, and
+    what no source is part of, such as arange.
+
+    Args:
+        module: an inference graph, in functional form.
+        static: which of its inputs are the same tensors in every call.
+    """
+    graph = module.graph
+    inputs, constants = graph.find_nodes(op="placeholder"), constant_nodes(graph, static)
+    of_sources: set[Node] = set()
+    for node in graph.nodes:
+        if node in constants and (node.op == "placeholder" or not of_sources.isdisjoint(node.all_input_nodes)):
+            of_sources.add(node)
+    rest: set[Node] = set()
+    kept: list[Node] = []
+    for node in reversed(graph.nodes):
+        if node not in constants or node.op == "placeholder":
+            rest.update([node] if node not in constants or not rest.isdisjoint(node.users) else [])
+        elif not rest.isdisjoint(node.users):
+            if node in of_sources and _can_be_kept(node):
+                kept.append(node)
+            else:
+                rest.add(node)
+    if not kept:
+        return None
+    kept.reverse()
+    making = _ancestors(kept)
+    sources = [index for index, node in enumerate(inputs) if node in making]
+    others = [index for index, node in enumerate(inputs) if node in rest]
+    return Split(
+        constants=_part(module, [inputs[index] for index in sources], making, kept),
+        rest=_part(module, [*kept, *(inputs[index] for index in others)], rest),
+        kept=tuple(kept),
+        sources=tuple(sources),
+        others=tuple(others),
+    )
+
+
+def _can_be_kept(node: Node) -> bool:
+    """True for one tensor with memory of its own, that no output of the graph is a view of."""
+    return (
+        isinstance(node.meta["val"], Tensor)
+        and node.op == "call_function"
+        and not _torch.is_view(node)
+        and not _is_returned(node)
+    )
+
+
+def _is_returned(node: Node) -> bool:
+    return any(user.op == "output" or (_torch.is_view(user) and _is_returned(user)) for user in node.users)
+
+
+def _ancestors(nodes: Sequence[Node]) -> set[Node]:
+    found, queue = set(nodes), list(nodes)
+    while queue:
+        new = set(queue.pop().all_input_nodes) - found
+        found |= new
+        queue += new
+    return found
+
+
+def _part(
+    module: GraphModule, inputs: Sequence[Node], nodes: Collection[Node], outputs: Sequence[Node] | None = None
+) -> GraphModule:
+    """The part of a graph that makes `outputs`, or the graph's own, of `inputs`."""
+    part = Graph(tracer_cls=module.graph._tracer_cls)
+    placed: dict[Node, Node] = {}
+    for node in inputs:
+        placed[node] = part.placeholder(node.name)
+        placed[node].meta = dict(node.meta)
+    for node in module.graph.nodes:
+        if node in nodes and node not in placed and (node.op != "output" or outputs is None):
+            placed[node] = part.node_copy(node, placed.__getitem__)
+    if outputs is not None:
+        part.output([placed[node] for node in outputs])
+    return GraphModule(module, part)
