@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from operator import getitem
 
+import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from convbn_compile import _torch
+from convbn_compile._aten import aten, value
 
 
 @dataclass(frozen=True)
@@ -19,14 +22,14 @@ class Split:
     Attributes:
         constants: from the sources to what is kept.
         rest: from what is kept and the other inputs to the outputs.
-        kept: the nodes that are kept, with the values they were traced with.
+        kept: fake tensors like those that are kept.
         sources: which inputs `constants` reads.
         others: which inputs `rest` reads.
     """
 
     constants: GraphModule
     rest: GraphModule
-    kept: tuple[Node, ...]
+    kept: tuple[Tensor, ...]
     sources: tuple[int, ...]
     others: tuple[int, ...]
 
@@ -90,10 +93,32 @@ def split(module: GraphModule, static: Collection[int]) -> Split | None:
     return Split(
         constants=_part(module, [inputs[index] for index in sources], making, kept),
         rest=_part(module, [*kept, *(inputs[index] for index in others)], rest),
-        kept=tuple(kept),
+        kept=tuple(node.meta["val"] for node in kept),
         sources=tuple(sources),
         others=tuple(others),
     )
+
+
+def keep_in_channels_last(parts: Split) -> Split:
+    """The weights of two-dimensional convolutions as Inductor's convolutions want them: not copied in every call.
+
+    Outputs stay as they were traced. Not done where something reads memory as it lies.
+    """
+    graph = parts.rest.graph
+    if not all(map(_takes_any_strides, graph.nodes)):
+        return parts
+    inputs = graph.find_nodes(op="placeholder")[: len(parts.kept)]
+    for node in inputs:
+        weighs = [user.target is aten.convolution.default and user.args[1] is node for user in node.users]
+        if value(node).ndim == 4 and all(weighs):
+            node.meta["val"] = _torch.evaluate(partial(torch.clone, memory_format=torch.channels_last), value(node))
+    _torch.keep_output_strides(graph)
+    return replace(parts, kept=tuple(map(value, inputs)))
+
+
+def _takes_any_strides(node: Node) -> bool:
+    """True if what the node computes is the same however its input lies in memory."""
+    return node.op != "call_function" or node.target is getitem or _torch.takes_any_strides(node)
 
 
 def _can_be_kept(node: Node) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.external_utils import wrap_inline
-from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, detect_fake_mode
@@ -26,6 +26,7 @@ from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.graph import GraphLowering
 from torch._inductor.pattern_matcher import stable_topological_sort
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._ops import OpOverload
@@ -253,28 +254,15 @@ def is_function(node: fx.Node) -> bool:
     )
 
 
+_VERSION = attrgetter("_version")
+
+
 def versions(tensors: Sequence[Tensor]) -> list[int] | None:
     """How often each tensor was written to; None if torch does not keep count, as of inference tensors."""
     try:
-        return [tensor._version for tensor in tensors]
+        return list(map(_VERSION, tensors))
     except RuntimeError:
         return None
-
-
-def statistics(gm: fx.GraphModule) -> list[dict[str, Any]]:
-    """The buffers of every batch norm whose running_mean a Dynamo graph reads and that counts its batches.
-
-    Hides: the sources of Dynamo's placeholders, and the scope that they are found in.
-    """
-    sources = [getattr(node, "_dynamo_source", None) for node in gm.graph.find_nodes(op="placeholder")]
-    names = [source.name if isinstance(source.name, str) else source.name() for source in sources if source is not None]
-    buffers = [name.removesuffix("['running_mean']") for name in names if name.endswith("._buffers['running_mean']")]
-    if not buffers:
-        return []
-    output = InstructionTranslator.current_tx().output
-    scope = {"L": output.local_scope, "G": output.global_scope}
-    found = [eval(name, scope) for name in buffers]
-    return [tensors for tensors in found if isinstance(tensors.get("num_batches_tracked"), Tensor)]
 
 
 def writes_uncounted() -> bool:
@@ -290,9 +278,35 @@ def no_autocast() -> contextlib.AbstractContextManager[None]:
     return torch._C._DisableAutocast()
 
 
-def as_traced(tensor: Tensor, node: fx.Node) -> Tensor:
+def prefers_channels_last(module: fx.GraphModule) -> bool:
+    """True if Inductor will have convolutions of the graph in channels_last. Hides: GraphLowering.decide_layout_opt."""
+    return GraphLowering.decide_layout_opt(module, is_inference=True)
+
+
+def takes_any_strides(node: fx.Node) -> bool:
+    """True for torch's own operators, but for those that read memory as it lies."""
+    target = node.target
+    return isinstance(target, OpOverload) and target.namespace in ("aten", "prims") and "as_strided" not in str(target)
+
+
+def keep_output_strides(graph: fx.Graph) -> None:
+    """Have Inductor give what a graph computes in the strides that it was traced with.
+
+    Hides: prims.inductor_force_stride_order, which freezing uses likewise.
+    """
+    output = graph.output_node()
+    for node in output.all_input_nodes:
+        traced = node.meta["val"]
+        if node.op == "call_function" and not node.target._schema.is_mutable and isinstance(traced, Tensor):  # type: ignore[union-attr]
+            with graph.inserting_before(output):
+                strides = tuple(graph.materialize_symints(traced.stride()))
+                forced = graph.call_function(torch.ops.prims.inductor_force_stride_order.default, (node, strides))
+            forced.meta = dict(node.meta)
+            output.replace_input_with(node, forced)
+
+
+def as_traced(tensor: Tensor, traced: Tensor) -> Tensor:
     """The tensor in memory of its own, with the strides that a graph was traced with."""
-    traced = node.meta["val"]
     made = torch.empty_strided(traced.shape, traced.stride(), dtype=traced.dtype, device=tensor.device)
     return made.copy_(tensor)
 

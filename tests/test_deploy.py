@@ -1,0 +1,435 @@
+"""mode="deploy": folded once, and again whenever a weight changes, in whichever way."""
+
+import copy
+import gc
+import threading
+import warnings
+
+import pytest
+import torch
+from support import compiled, counted, difference, randomise
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import convbn_compile as cb
+from convbn_compile import _constants, deploy
+from convbn_compile._torch import is_view
+
+
+def net():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3, bias=False), nn.BatchNorm2d(4)
+    )
+    return randomise(model).double()
+
+
+X = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def kept(model):
+    """What the one graph keeps that reads the model."""
+    ((_, folded),) = deploy.kept_of(model)
+    return folded.kept
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def step(model, **options):
+    """One step of an optimizer, on made-up gradients."""
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.AdamW(model.parameters(), lr=0.1, **options).step()
+
+
+def compiled_step(model):
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.compile(lambda: optimizer.step(), backend="aot_eager")()
+
+
+def perturbed(model):
+    return {name: 1.5 * value for name, value in model.state_dict().items()}
+
+
+def swap_average(model):
+    """What training scripts do to evaluate averaged weights."""
+    average = torch.optim.swa_utils.AveragedModel(copy.deepcopy(model))
+    step(average.module)
+    for mine, averaged in zip(model.parameters(), average.module.parameters(), strict=True):
+        mine.data, averaged.data = averaged.data, mine.data
+
+
+def train_batch_norm(model):
+    """Eager batch norm in training mode counts no version for its running statistics."""
+    model.train()(torch.randn_like(X))
+    model.eval()
+
+
+def train_batch_norm_compiled(model):
+    torch.compile(model.train(), backend="aot_eager")(torch.randn_like(X))
+    model.eval()
+
+
+def through_a_view(model):
+    model[0].weight.detach().view(-1)[3:30].mul_(2)
+
+
+CHANGES = {
+    "optimizer step": step,
+    "optimizer step, foreach": lambda model: step(model, foreach=True),
+    "optimizer step, fused": lambda model: step(model, fused=True),
+    "optimizer step, compiled": compiled_step,
+    "load_state_dict": lambda model: model.load_state_dict(perturbed(model)),
+    "load_state_dict, assign": lambda model: model.load_state_dict(perturbed(model), assign=True),
+    "in place": lambda model: model[4].bias.add_(1),
+    "in place, one statistic": lambda model: model[1].running_var.mul_(3),
+    "in place, foreach": lambda model: torch._foreach_mul_(list(model.parameters()), 1.5),
+    "through a view": through_a_view,
+    "averaged weights swapped in": swap_average,
+    ".data = ": lambda model: setattr(model[3].weight, "data", torch.randn_like(model[3].weight)),
+    "another parameter": lambda model: setattr(model[1], "weight", nn.Parameter(torch.randn_like(model[1].weight))),
+    ".to() and back": lambda model: (model.float(), model[0].weight.mul_(2), model.double()),
+    "batch norm trained": train_batch_norm,
+    "batch norm trained, compiled": train_batch_norm_compiled,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_no_change_is_missed(change):
+    model = net()
+    deployed = compiled(model, mode="deploy")
+    assert difference(deployed(X), model(X)) <= 1e-12
+    before = model(X)
+    for _ in range(2):
+        change(model)
+        assert difference(before, model(X)) > 1e-3
+        assert difference(deployed(X), model(X)) <= 1e-12
+        before = model(X)
+
+
+def test_no_change_is_missed_by_generated_code():
+    model = net()
+    deployed = compiled(model, mode="deploy", lowering="inductor")
+    for change in (lambda _: None, step, swap_average, train_batch_norm, CHANGES["load_state_dict, assign"]):
+        change(model)
+        assert difference(deployed(X), model(X)) <= 1e-12
+        assert deployed(X).stride() == model(X).stride()
+
+
+def test_batch_norm_trained_after_to_is_not_missed():
+    """.to() gives modules other buffers, and these other counters."""
+    model = net()
+    deployed = compiled(model, mode="deploy")
+    deployed(X)
+    model.float().double()
+    deployed(X)
+    train_batch_norm(model)
+    assert difference(deployed(X), model(X)) <= 1e-12
+
+
+class Folds:
+    """Counts how often constants are made."""
+
+    def __init__(self, monkeypatch):
+        self.count, original = 0, deploy.Deployed._fold
+
+        def fold(graph, key, sources):
+            self.count += 1
+            return original(graph, key, sources)
+
+        monkeypatch.setattr(deploy.Deployed, "_fold", fold)
+
+
+def test_folded_once(monkeypatch):
+    model, folds = net(), Folds(monkeypatch)
+    deployed = compiled(model, mode="deploy")
+    with counted() as counts:
+        for size in (8, 8, 8):
+            deployed(X[..., :size])
+    assert (folds.count, counts.folded) == (1, 2)
+    model[0].weight.mul_(2)
+    deployed(X)
+    with torch.inference_mode():
+        deployed(X)
+    deployed(X)
+    assert folds.count == 3  # inference mode has a graph of its own
+
+
+def test_what_is_left_is_two_convolutions():
+    model = net()
+    compiled(model, mode="deploy")(X)
+    ((graph, folded),) = deploy.kept_of(model)
+    arithmetic = [node for node in graph._parts.rest.graph.nodes if node.op == "call_function" and not is_view(node)]
+    names = [str(node.target) for node in arithmetic]
+    assert names == ["aten.convolution.default", "aten.relu.default", "aten.convolution.default"]
+    assert (len(folded.sources), len(folded.kept)) == (11, 4)
+
+
+def test_addresses_stay():
+    """CUDA graphs read what is kept where it was."""
+    model = net()
+    deployed = compiled(model, mode="deploy")
+    deployed(X)
+    addresses = [tensor.data_ptr() for tensor in kept(model)]
+    step(model)
+    assert difference(deployed(X), model(X)) <= 1e-12
+    assert [tensor.data_ptr() for tensor in kept(model)] == addresses
+
+
+def test_models_that_share_a_graph_are_folded_once_each(monkeypatch):
+    """Dynamo runs the second with the code of the first: its guards do not tell them apart."""
+    models = [net() for _ in range(3)]
+    for model in models:
+        step(model)
+        train_batch_norm(model)
+    folds = Folds(monkeypatch)
+    deployed = [compiled(model, mode="deploy") for model in models]
+    for _ in range(3):
+        for function, model in zip(deployed, models, strict=True):
+            assert difference(function(X), model(X)) <= 1e-12
+    assert folds.count == 3
+    train_batch_norm(models[1])
+    for function, model in zip(deployed, models, strict=True):
+        assert difference(function(X), model(X)) <= 1e-12
+    assert folds.count == 4
+
+
+def test_nothing_is_kept_of_a_model_that_is_no_more():
+    model = net()
+    compiled(model, mode="deploy")(X)
+    ((graph, _),) = deploy.kept_of(model)
+    assert graph.folded()
+    del model
+    gc.collect()
+    assert not graph.folded()
+
+
+def test_refresh_is_for_what_no_version_counts():
+    model, other = net(), nn.Sequential(net(), nn.ReLU())
+    deployed, others = compiled(model, mode="deploy"), compiled(other, mode="deploy")
+    deployed(X)
+    others(X)
+    model[0].weight.data.mul_(2)
+    assert difference(deployed(X), model(X)) > 1e-3
+    assert cb.refresh(model[0]) == 1
+    assert difference(deployed(X), model(X)) <= 1e-12
+    assert cb.refresh(nn.Linear(1, 1)) == 0
+    assert cb.refresh(deployed) == 1
+    with pytest.raises(TypeError, match=r"refresh needs a torch.nn.Module, got 3 \(int\)."):
+        cb.refresh(3)
+
+
+def test_inside_ddp_that_sends_buffers_weights_are_folded_in_every_call(monkeypatch):
+    class Wrapper:
+        sends = True
+
+        def will_sync_module_buffers(self):
+            return self.sends
+
+    model, folds = net(), Folds(monkeypatch)
+    deployed = compiled(model, mode="deploy")
+    deployed(X)
+    monkeypatch.setattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", Wrapper())
+    model[1].running_mean.data.add_(1)
+    deployed(X)
+    model[1].running_mean.data.add_(1)
+    assert difference(deployed(X), model(X)) <= 1e-12
+    Wrapper.sends = False
+    deployed(X)
+    assert folds.count == 3
+
+
+def test_inference_tensors_are_never_taken_to_be_as_they_were():
+    with torch.inference_mode():
+        model = net()
+        deployed = compiled(model, mode="deploy")
+        deployed(X)
+        model[0].weight.mul_(2)
+        assert difference(deployed(X), model(X)) <= 1e-12
+
+
+class Scaled(nn.Module):
+    """Returns what it makes of a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, dtype=torch.float64)
+
+    def forward(self, x):
+        weight = self.conv.weight * 2
+        return self.conv._conv_forward(x, weight, None), weight.view(-1), self.conv.weight.exp()
+
+
+def test_outputs_are_the_callers():
+    model = Scaled()
+    deployed = compiled(model, mode="deploy")
+    for tensor in deployed(X):
+        tensor.zero_()
+    for found, wanted in zip(deployed(X), model(X), strict=True):
+        assert difference(found, wanted) <= 1e-12
+
+
+class Counting(nn.Module):
+    """A buffer that is written to in the graph, and noise on a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, dtype=torch.float64)
+        self.register_buffer("calls", torch.zeros(4, dtype=torch.float64))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        weight = nn.functional.dropout(self.conv.weight, 0.5, training=True)
+        return self.conv._conv_forward(x, weight * self.calls[:, None, None, None].sqrt(), self.conv.bias * 2)
+
+
+@pytest.mark.parametrize("lowering", ["aot_eager", "inductor"])
+def test_what_the_graph_writes_to_and_random_numbers_are_no_constants(lowering):
+    model = Counting()
+    deployed = compiled(model, mode="deploy", lowering=lowering)
+    outputs = [deployed(X) for _ in range(3)]
+    assert model.calls.tolist() == [3.0] * 4
+    assert difference(outputs[1], outputs[2]) > 1e-3
+    assert [tuple(tensor.shape) for tensor in kept(model)] == [(4,)]
+
+
+class Positions(nn.Module):
+    """What no weight is part of, and what depends on the input's size, is not kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1, dtype=torch.float64)
+        self.table = nn.Parameter(torch.randn(16, 4, dtype=torch.float64))
+
+    def forward(self, x):
+        y = self.conv(x) + torch.arange(8, dtype=torch.float64)
+        return y + self.table.exp()[: x.shape[0]].sum(0)[:, None, None] + self.table.cos()[torch.arange(3)].sum()
+
+
+def test_sizes_and_numbers():
+    model = Positions()
+    deployed = torch.compile(
+        model, backend="convbn_tune", dynamic=True, options={"mode": "deploy", "lowering": "aot_eager"}
+    )
+    for batch in (2, 5, 2):
+        x = torch.randn(batch, 3, 8, 8, dtype=torch.float64)
+        assert difference(deployed(x), model(x)) <= 1e-12
+    assert sorted(tuple(tensor.shape) for tensor in kept(model)) == [(), (16, 4)]
+
+
+def test_parametrizations_are_computed_once():
+    model = nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 8, 3)), randomise(nn.BatchNorm2d(8)))
+    model = model.double().eval()
+    deployed = compiled(model, mode="deploy")
+    assert difference(deployed(X), model(X)) <= 1e-12
+    assert len(kept(model)) == 2
+    step(model)
+    assert difference(deployed(X), model(X)) <= 1e-12
+
+
+def test_casts_of_autocast_are_done_once():
+    model, x = net().float(), X.float()
+    deployed = compiled(model, mode="deploy")
+    with torch.autocast("cpu", torch.bfloat16):
+        deployed(x)
+        step(model)
+        found, eager = deployed(x).double(), model(x).double()
+    assert {tensor.dtype for tensor in kept(model) if tensor.ndim == 4} == {torch.bfloat16}
+    wanted = model.double()(X)
+    assert difference(found, wanted) <= 2 * difference(eager, wanted)
+
+
+def test_folds_that_do_not_pay_in_training_pay_once():
+    """A weight larger than its output is scaled in no call; in Tune mode it would be in every one."""
+    model = randomise(nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64)))
+    folded = {}
+    for mode in ("tune", "deploy"):
+        with counted() as counts, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compiled(model, mode=mode)(torch.randn(2, 64))
+        folded[mode] = counts.folded
+    assert folded == {"tune": 0, "deploy": 1}
+
+
+class Generated(nn.Module):
+    """A convolution whose weight comes from the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = randomise(nn.BatchNorm2d(64)).double()
+
+    def forward(self, x):
+        weight = x.mean((0, 2, 3)).outer(x.flatten()[:64]).T[:, :, None, None]
+        return self.norm(nn.functional.conv2d(x[:1, :, :2, :2], weight))
+
+
+def test_weights_that_are_not_kept_are_folded_if_it_pays():
+    model = Generated()
+    with counted() as counts:
+        assert difference(compiled(model, mode="deploy")(X), model(X)) <= 1e-12
+    assert counts.folded == 1
+    with counted() as counts:
+        compiled(model, mode="deploy")(torch.randn(2, 64, 2, 2, dtype=torch.float64)[:, :, :1, :1])
+    assert counts.folded == 0
+    assert "which would be scaled, is larger than that" in counts.reasons[0]
+
+
+def test_generated_code_reads_weights_as_they_are_kept():
+    model = net()
+    compiled(model, mode="deploy", lowering="inductor")(X)
+    weights = [tensor for tensor in kept(model) if tensor.ndim == 4]
+    assert len(weights) == 2
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+
+
+def test_training_and_evaluating_in_turn():
+    model = net()
+    reference = copy.deepcopy(model)
+    tuned, deployed = compiled(model), compiled(model, mode="deploy")
+    optimizers = [torch.optim.SGD(each.parameters(), lr=1e-2) for each in (model, reference)]
+    for _ in range(3):
+        assert difference(deployed(X), reference(X)) <= 1e-10
+        with torch.enable_grad():
+            for function, optimizer in zip((tuned, reference), optimizers, strict=True):
+                function(X).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    assert difference(deployed(X), reference(X)) <= 1e-10
+
+
+def test_several_threads():
+    model = net()
+    deployed = compiled(model, mode="deploy")
+    deployed(X)
+    step(model)
+    found = []
+
+    def call():
+        with torch.no_grad():
+            found.extend(deployed(X) for _ in range(10))
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 40
+    assert all(difference(each, model(X)) <= 1e-12 for each in found)
+
+
+def test_a_graph_that_cannot_be_split_runs_whole(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(_constants, "constant_nodes", fail)
+    monkeypatch.setattr(deploy, "split", fail)
+    model = net()
+    with pytest.warns(UserWarning, match="could not be split: RuntimeError"), warnings.catch_warnings():
+        assert difference(compiled(model, mode="deploy")(X), model(X)) <= 1e-12
+    assert not deploy.kept_of(model)
