@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import getitem
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ class Split:
 def constant_nodes(graph: Graph, static: Collection[int]) -> set[Node]:
     """The nodes that have one value as long as no static input changes, the static inputs themselves included.
 
+    Of equal ones, as a convolution that is called several times has them, all but the first lose their readers.
+
     Args:
         graph: an inference graph.
         static: which of its inputs are the same tensors in every call.
@@ -44,9 +47,13 @@ def constant_nodes(graph: Graph, static: Collection[int]) -> set[Node]:
     inputs = graph.find_nodes(op="placeholder")
     written = set(_torch.mutated_inputs(graph))
     constants = {inputs[index] for index in static if index < len(inputs)} - written
+    first: dict[Any, Node] = {}
     for node in graph.nodes:
         if _is_function(node) and constants.issuperset(node.all_input_nodes):
             constants.add(node)
+            equal = first.setdefault((node.target, str(node.args), str(node.kwargs)), node)
+            if equal is not node:
+                node.replace_all_uses_with(equal)
     return constants
 
 
@@ -61,33 +68,16 @@ def _is_function(node: Node) -> bool:
 def split(module: GraphModule, static: Collection[int]) -> Split | None:
     """Split an inference graph; None if there is nothing to keep.
 
-    Kept is what the rest reads. Views are left to the rest, and so is what the caller gets, who may write to it, and
-    what no source is part of, such as arange.
-
     Args:
         module: an inference graph, in functional form.
         static: which of its inputs are the same tensors in every call.
     """
     graph = module.graph
     inputs, constants = graph.find_nodes(op="placeholder"), constant_nodes(graph, static)
-    of_sources: set[Node] = set()
-    for node in graph.nodes:
-        if node in constants and (node.op == "placeholder" or not of_sources.isdisjoint(node.all_input_nodes)):
-            of_sources.add(node)
-    rest: set[Node] = set()
-    kept: list[Node] = []
-    for node in reversed(graph.nodes):
-        if node not in constants or node.op == "placeholder":
-            rest.update([node] if node not in constants or not rest.isdisjoint(node.users) else [])
-        elif not rest.isdisjoint(node.users):
-            if node in of_sources and _can_be_kept(node):
-                kept.append(node)
-            else:
-                rest.add(node)
+    kept, rest = worth_keeping(graph, constants, constants.intersection(inputs))
     if not kept:
         return None
-    kept.reverse()
-    making = _ancestors(kept)
+    making = ancestors(kept)
     sources = [index for index, node in enumerate(inputs) if node in making]
     others = [index for index, node in enumerate(inputs) if node in rest]
     return Split(
@@ -97,6 +87,33 @@ def split(module: GraphModule, static: Collection[int]) -> Split | None:
         sources=tuple(sources),
         others=tuple(others),
     )
+
+
+def worth_keeping(graph: Graph, constants: Collection[Node], sources: Collection[Node]) -> tuple[list[Node], set[Node]]:
+    """The constants to compute once, in order, and the rest, which reads them.
+
+    Views are left to the rest, and so is what the caller gets, who may write to it, and what no source is part of, such
+    as arange.
+
+    Args:
+        graph: an inference graph.
+        constants: its nodes that have one value.
+        sources: those that are given.
+    """
+    of_sources = set(sources)
+    for node in graph.nodes:
+        if node in constants and not of_sources.isdisjoint(node.all_input_nodes):
+            of_sources.add(node)
+    kept: list[Node] = []
+    rest: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if node in constants and rest.isdisjoint(node.users):
+            continue
+        if node in constants and node not in sources and node in of_sources and _can_be_kept(node):
+            kept.append(node)
+        else:
+            rest.add(node)
+    return kept[::-1], rest
 
 
 def keep_in_channels_last(parts: Split) -> Split:
@@ -135,7 +152,8 @@ def _is_returned(node: Node) -> bool:
     return any(user.op == "output" or (_torch.is_view(user) and _is_returned(user)) for user in node.users)
 
 
-def _ancestors(nodes: Sequence[Node]) -> set[Node]:
+def ancestors(nodes: Sequence[Node]) -> set[Node]:
+    """The nodes, and all that they are made of."""
     found, queue = set(nodes), list(nodes)
     while queue:
         new = set(queue.pop().all_input_nodes) - found

@@ -14,7 +14,6 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from convbn_compile import _torch, cost
 from convbn_compile._aten import BatchNorm, Gradients, LinearOperator, linear_operators, output
-from convbn_compile._constants import constant_nodes
 from convbn_compile._form import operands
 from convbn_compile._match import match
 from convbn_compile._outcome import Norm, Outcome, path, report_of
@@ -30,7 +29,17 @@ FAILED = "the pass failed"
 """How the reason starts that every norm has if the pass raised."""
 
 
-def run(graph: Graph, *, fold: Fold | None = Fold.AUTO, merge_branches: bool = True, once: bool = False) -> Report:
+Constants = Callable[[Graph], Collection[Node]]
+
+
+def no_constants(_: Graph) -> Collection[Node]:
+    """Every node is computed in every call."""
+    return ()
+
+
+def run(
+    graph: Graph, *, fold: Fold | None = Fold.AUTO, merge_branches: bool = True, constants: Constants = no_constants
+) -> Report:
     """Rewrite the graph of a GraphModule; afterwards it holds no whole batch norm any more.
 
     The rewriting is done on a copy: if any of it fails, the graph stays as it was and a warning says so.
@@ -39,7 +48,7 @@ def run(graph: Graph, *, fold: Fold | None = Fold.AUTO, merge_branches: bool = T
         graph: a joint or inference graph with whole batch norms; its module gets the rewritten one.
         fold: what to fold; None only decomposes, which makes the graph that plain Inductor would have.
         merge_branches: merge parallel convolutions of one input.
-        once: what is made of parameters and buffers alone costs nothing, because it is kept.
+        constants: the nodes of a graph that are computed once for many calls, so that they cost nothing.
 
     Raises:
         Exception: batch norm cannot be decomposed either, so that the graph is of no use.
@@ -52,7 +61,7 @@ def run(graph: Graph, *, fold: Fold | None = Fold.AUTO, merge_branches: bool = T
         rewritten.eliminate_dead_code()
         norms = decompose_batch_norms(rewritten)
         if fold is not None:
-            report = _rewrite(rewritten, norms, fold, merge_branches=merge_branches, once=once)
+            report = _rewrite(rewritten, norms, fold, merge_branches=merge_branches, constants=constants)
         rewritten.lint()
     except Exception as error:  # noqa: BLE001  a user's training never dies of our optimisation
         _warn_of(error)
@@ -78,7 +87,7 @@ def decompose_batch_norms(graph: Graph) -> list[Norm]:
     return norms
 
 
-def _rewrite(graph: Graph, norms: Sequence[Norm], fold: Fold, *, merge_branches: bool, once: bool) -> Report:
+def _rewrite(graph: Graph, norms: Sequence[Norm], fold: Fold, *, merge_branches: bool, constants: Constants) -> Report:
     """Apply the identities, in order."""
     cancel_aliases(graph)
     share_casts(graph)
@@ -86,8 +95,7 @@ def _rewrite(graph: Graph, norms: Sequence[Norm], fold: Fold, *, merge_branches:
     written, trains = _torch.mutated_inputs(graph), _torch.is_joint(graph)
     gradients = Gradients(graph)
     on_batch_statistics = {norm.output for norm in norms if norm.training or not norm.has_statistics}
-    kept = constant_nodes(graph, _torch.static_inputs()) if once else set()
-    folding = Folding(fold, merge_branches, gradients, written, on_batch_statistics, trains, kept)
+    folding = Folding(fold, merge_branches, gradients, written, on_batch_statistics, trains, constants(graph))
     outcomes = list(folding.all(graph))
     _torch.stable_topological_sort(graph)
     graph.eliminate_dead_code()

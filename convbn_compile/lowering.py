@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from convbn_compile import _torch, joint_pass
+from convbn_compile._constants import constant_nodes
 from convbn_compile.deploy import keep_constants
 from convbn_compile.options import Lowering, Mode, Options
 from convbn_compile.report import Report
@@ -60,8 +61,9 @@ def _joint_pass(
 ) -> _torch.GraphPass:
     """The joint pass of a mode, as a function of the graph alone."""
     fold = options.fold if options.mode.folds else None
-    once = options.mode is Mode.DEPLOY
-    rewrite = partial(joint_pass.run, fold=fold, merge_branches=options.merge_branches, once=once)
+    rewrite = partial(joint_pass.run, fold=fold, merge_branches=options.merge_branches)
+    if options.mode is Mode.DEPLOY:
+        rewrite = partial(rewrite, constants=lambda graph: constant_nodes(graph, _torch.static_inputs()))
 
     def report_on(graph: fx.Graph) -> Report:
         if not measure or not _torch.is_joint(graph):
