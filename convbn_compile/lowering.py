@@ -49,6 +49,7 @@ def _lower(
 ) -> _torch.CompiledFunction:
     common: dict[str, Any] = {"config": options.inductor, "memory_budget": options.memory_budget}
     if options.mode is Mode.DEPLOY:
+        common["config"] = {**options.inductor, "freezing": False}  # it would not follow the weights
         common["on_inference"] = partial(keep_constants, for_inductor=options.lowering is Lowering.INDUCTOR)
     if options.lowering is Lowering.AOT_EAGER:
         return _torch.compile_with_aot_eager(gm, inputs, joint_pass=joint_pass or (lambda _: None), **common)

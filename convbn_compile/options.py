@@ -97,6 +97,11 @@ class Options:
             given["mode"] = mode
         ours = {key: check(given.pop(key)) for key, check in _CHECKS.items() if key in given}
         parsed = cls(**ours, inductor={**preset, **_inductor_options(given)})
+        if parsed.mode is Mode.DEPLOY and parsed.inductor.get("freezing"):
+            raise ValueError(
+                'mode="deploy" and Inductor\'s freezing exclude each other: freezing keeps the weights of the first call '
+                "for good, deploy follows them. Leave freezing out."
+            )
         _warn_of_no_effect(parsed)
         return parsed
 

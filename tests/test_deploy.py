@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+import torch._inductor.config
 from support import compiled, counted, difference, randomise
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -130,6 +131,16 @@ def test_batch_norm_trained_after_to_is_not_missed():
     model.float().double()
     deployed(X)
     train_batch_norm(model)
+    assert difference(deployed(X), model(X)) <= 1e-12
+
+
+def test_freezing_is_off(monkeypatch):
+    """Switched on for the whole process, as some serving scripts do, it would keep the weights of the first call."""
+    monkeypatch.setattr(torch._inductor.config, "freezing", True)
+    model = net()
+    deployed = compiled(model, mode="deploy", lowering="inductor")
+    deployed(X)
+    step(model)
     assert difference(deployed(X), model(X)) <= 1e-12
 
 

@@ -53,6 +53,7 @@ def test_unknown_keys_go_to_inductor():
         (None, {"merge_branches": 1}, TypeError, "merge_branches must be True or False, got 1 (int)."),
         (None, {"fold": "allways"}, ValueError, "Unknown fold 'allways'. Did you mean 'always'?"),
         (None, {"fold": True}, TypeError, "fold must be a string, one of 'auto', 'always'; got True (bool)."),
+        ("deploy", {"freezing": True}, ValueError, 'mode="deploy" and Inductor\'s freezing exclude each other'),
         (None, {"memory_buget": 0.5}, ValueError, "Did you mean 'memory_budget'?"),
         (
             ["tune"],
