@@ -99,8 +99,8 @@ class Options:
         parsed = cls(**ours, inductor={**preset, **_inductor_options(given)})
         if parsed.mode is Mode.DEPLOY and parsed.inductor.get("freezing"):
             raise ValueError(
-                'mode="deploy" and Inductor\'s freezing exclude each other: freezing keeps the weights of the first call '
-                "for good, deploy follows them. Leave freezing out."
+                'mode="deploy" and Inductor\'s freezing exclude each other: freezing keeps the weights of the first '
+                "call for good, deploy follows them. Leave freezing out."
             )
         _warn_of_no_effect(parsed)
         return parsed
