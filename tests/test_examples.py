@@ -24,7 +24,7 @@ def run(name, *arguments):
     return done.stdout
 
 
-@pytest.mark.parametrize("name", sorted(file.name for file in EXAMPLES.glob("*.py")))
+@pytest.mark.parametrize("name", sorted(file.name for file in EXAMPLES.glob("[!_]*.py")))
 def test_help(name):
     assert "usage" in run(name, "--help")
 
@@ -54,3 +54,19 @@ def test_finetune_repvgg():
     rows = {name: line for line in lines for name in ("Inductor Eval", "Tune, merged") if line.startswith(name)}
     eval_loss, tune_loss = (float(row.split()[-2]) for row in rows.values())
     assert tune_loss == pytest.approx(eval_loss, rel=1e-3)
+
+
+def test_deploy_latency(tmp_path):
+    arguments = ["--batch", 2, "--size", 64, "--calls", 2, "--lowering", "aot_eager"]
+    assert "fused, Inductor" in run("deploy_latency.py", "resnet18", *arguments, "--json", tmp_path / "latency.json")
+    row = json.loads((tmp_path / "latency.json").read_text())["latency"]["resnet18, batch 2"]
+    assert row["Deploy"]["ms"] > row["check"]["ms"] > 0
+
+
+def test_train_and_evaluate():
+    """Logits of Deploy are eager's after every epoch of training in Tune mode."""
+    lines = run("train_and_evaluate.py", "--lowering", "aot_eager").splitlines()
+    rows = [line.split() for line in lines if line[0].isdigit()]
+    assert len(rows) == 2
+    assert all(deployed == eager and float(difference) <= 1e-5 for _, _, deployed, eager, difference, _ in rows)
+    assert float(rows[0][2]) < float(rows[1][2])
