@@ -134,9 +134,9 @@ def test_batch_norm_trained_after_to_is_not_missed():
     assert difference(deployed(X), model(X)) <= 1e-12
 
 
-def test_freezing_is_off(monkeypatch):
+@torch._inductor.config.patch(freezing=True)
+def test_freezing_is_off():
     """Switched on for the whole process, as some serving scripts do, it would keep the weights of the first call."""
-    monkeypatch.setattr(torch._inductor.config, "freezing", True)
     model = net()
     deployed = compiled(model, mode="deploy", lowering="inductor")
     deployed(X)
