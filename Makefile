@@ -28,7 +28,7 @@ zoo: .venv-zoo/installed
 
 .venv-test/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-test
-	.venv-test/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test]'
+	.venv-test/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,mmengine,test,trainers]'
 	touch $@
 
 .venv-zoo/installed: pyproject.toml constraints.txt

@@ -12,11 +12,10 @@ import argparse
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from saved_bytes import declare_torchvision_operators
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, TensorDataset
@@ -26,8 +25,10 @@ BATCH = 64
 SIZE = 16  # pixels that the digits are enlarged to
 LR = 2e-3
 
-with contextlib.suppress(ModuleNotFoundError):
-    declare_torchvision_operators()  # the trainers import torchvision where they find it
+with contextlib.suppress(ModuleNotFoundError):  # no torchvision: the trainers import it only where they find it
+    from saved_bytes import declare_torchvision_operators
+
+    declare_torchvision_operators()
 
 Logits = Callable[[nn.Module, Tensor], Tensor]
 
@@ -49,6 +50,15 @@ def arguments(description: str | None) -> argparse.Namespace:
         "--lowering", choices=("inductor", "aot_eager"), default="inductor", help="aot_eager generates no code"
     )
     return extended.parse_args()
+
+
+@contextlib.contextmanager
+def needs(packages: str) -> Iterator[None]:
+    """Say what to install if a package is missing inside."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"This example needs {error.name}: pip install {packages}") from None
 
 
 def print_what_is_folded() -> None:

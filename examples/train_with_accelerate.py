@@ -10,7 +10,7 @@ is told to use Inductor, and accelerator.prepare(), where it calls torch.compile
 from __future__ import annotations
 
 import torch
-from _digits import LR, SmallNet, arguments, digits, loader, pretrained, print_results, print_what_is_folded
+from _digits import LR, SmallNet, arguments, digits, loader, needs, pretrained, print_results, print_what_is_folded
 from torch.nn import functional as F  # noqa: N812
 
 import convbn_compile
@@ -40,4 +40,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with needs("'convbn-compile[trainers]'"):
+        main()

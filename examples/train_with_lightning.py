@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 
 import torch
-from _digits import LR, SmallNet, arguments, digits, loader, pretrained, print_results, print_what_is_folded
+from _digits import LR, SmallNet, arguments, digits, loader, needs, pretrained, print_results, print_what_is_folded
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
@@ -55,4 +55,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with needs("'convbn-compile[trainers]'"):
+        main()

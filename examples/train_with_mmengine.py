@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
-from _digits import LR, SmallNet, arguments, digits, loader, pretrained, print_results, print_what_is_folded
+from _digits import LR, SmallNet, arguments, digits, loader, needs, pretrained, print_results, print_what_is_folded
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
@@ -61,4 +61,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with needs("'convbn-compile[mmengine]'"):
+        main()

@@ -4,14 +4,14 @@
     python examples/train_with_timm_script.py --torchcompile convbn_tune
 
 train.py hands --torchcompile to torch.compile as the name of the backend and --torchcompile-mode as the mode. It calls
-model.train() before each epoch, so batch norm is frozen by freeze_batch_norm; what timm.utils.freeze_batch_norm_2d puts
-in place of the norms is folded likewise.
+model.train() before each epoch, so batch norm is frozen by freeze_batch_norm; what timm's freeze_batch_norm_2d puts in
+place of the norms is folded likewise.
 """
 
 from __future__ import annotations
 
 import torch
-from _digits import LR, digits, loader, parser, pretrained, print_results, print_what_is_folded
+from _digits import LR, digits, loader, needs, parser, pretrained, print_results, print_what_is_folded
 from torch import nn
 
 import convbn_compile
@@ -58,4 +58,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with needs("'convbn-compile[trainers]'"):
+        main()

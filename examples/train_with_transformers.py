@@ -13,7 +13,7 @@ import tempfile
 from typing import Any
 
 import torch
-from _digits import BATCH, LR, arguments, digits, pretrained, print_results, print_what_is_folded
+from _digits import BATCH, LR, arguments, digits, needs, pretrained, print_results, print_what_is_folded
 from torch import Tensor, nn
 
 import convbn_compile
@@ -41,9 +41,7 @@ def main() -> None:
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     print_what_is_folded()
-    model = convbn_compile.freeze_batch_norm(
-        pretrained(small_resnet, logits)
-    )  # stays frozen when Trainer calls train()
+    model = convbn_compile.freeze_batch_norm(pretrained(small_resnet, logits))  # also when Trainer calls model.train()
     with tempfile.TemporaryDirectory() as folder:
         settings: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
         settings |= {"num_train_epochs": args.epochs, "learning_rate": LR, "per_device_train_batch_size": BATCH}
@@ -59,4 +57,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with needs("'convbn-compile[trainers]'"):
+        main()

@@ -24,7 +24,7 @@ def run(name, *arguments):
     return done.stdout
 
 
-@pytest.mark.parametrize("name", sorted(file.name for file in EXAMPLES.glob("*.py")))
+@pytest.mark.parametrize("name", sorted(file.name for file in EXAMPLES.glob("[!_]*.py")))
 def test_help(name):
     assert "usage" in run(name, "--help")
 
