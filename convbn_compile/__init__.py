@@ -8,6 +8,9 @@ from convbn_compile.modes import freeze_batch_norm as freeze_batch_norm
 from convbn_compile.modes import turn_off as turn_off
 from convbn_compile.modes import turn_on as turn_on
 from convbn_compile.modes import unfreeze_batch_norm as unfreeze_batch_norm
+from convbn_compile.patch import inductor_patched as inductor_patched
+from convbn_compile.patch import patch_inductor as patch_inductor
+from convbn_compile.patch import unpatch_inductor as unpatch_inductor
 from convbn_compile.report import Refusal as Refusal
 from convbn_compile.report import Report as Report
 

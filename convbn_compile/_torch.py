@@ -62,9 +62,11 @@ __all__ = [
     "get_hash_for_files",
     "inductor_config",
     "inductor_presets",
+    "inductor_redirected",
     "inductor_type",
     "is_backward",
     "is_compiled_in_place",
+    "is_inductor_redirected",
     "is_joint",
     "is_operator",
     "is_view",
@@ -73,12 +75,14 @@ __all__ = [
     "not_compiled_in_place",
     "num_forward_outputs",
     "partition",
+    "redirect_inductor",
     "same_size",
     "size_hint",
     "stable_topological_sort",
     "tensors_in",
     "trace",
     "undo_compile",
+    "undo_redirect_inductor",
     "visible_through_dynamo",
 ]
 
@@ -495,3 +499,80 @@ def not_compiled_in_place(module: nn.Module) -> Iterator[None]:
 def undo_compile(module: nn.Module) -> None:
     """Take nn.Module.compile() back."""
     module.__dict__.pop("_compiled_call_impl", None)
+
+
+# --- torch.compile(backend="inductor") ---------------------------------------------------------------------------
+
+
+CompileGraph = Callable[[fx.GraphModule, Sequence[Tensor], Mapping[str, Any]], CompiledFunction]
+"""From a Dynamo graph, its inputs and Inductor's configuration for this compile to a callable."""
+
+
+class _InductorKind(type):
+    """What stands in for a class of Inductor's: every instance of the class it replaces passes for one of its own."""
+
+    plain: type
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, cls.plain)
+
+
+def redirect_inductor(compile_graph: CompileGraph, config: Mapping[str, Any]) -> None:
+    """From now on, whatever torch.compile(backend="inductor") is called on is compiled by `compile_graph`.
+
+    torch.compile makes one _TorchCompileInductorWrapper per call, by that name, and Dynamo calls it with each graph
+    (torch 2.11 to 2.15); so what was compiled before stays as it is, and what is compiled now stays redirected.
+
+    Args:
+        compile_graph: called with each graph; two that are equal share Dynamo's compiled code.
+        config: Inductor's configuration where the call of torch.compile itself says nothing else.
+    """
+    plain_wrapper: Any = _plain_wrapper()
+
+    class Redirected(plain_wrapper, metaclass=_InductorKind):  # type: ignore[misc]
+        plain = plain_wrapper
+        config: dict[str, Any]
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.config = {**config, **self.config}
+            self.compile_graph = compile_graph
+
+        def __call__(
+            self, gm: fx.GraphModule, inputs: Sequence[Tensor], *, config_patches: Mapping[str, Any] | None = None
+        ) -> CompiledFunction:
+            return self.compile_graph(gm, inputs, {**self.config, **(config_patches or {})})
+
+        def __eq__(self, other: object) -> bool:
+            """Dynamo reuses compiled code where backends are equal."""
+            theirs = getattr(other, "compile_graph", None)
+            return bool(self.compile_graph == theirs and super().__eq__(other))
+
+    torch._TorchCompileInductorWrapper = Redirected  # type: ignore[misc]
+
+
+def is_inductor_redirected() -> bool:
+    """True after redirect_inductor, until it is undone."""
+    return isinstance(torch._TorchCompileInductorWrapper, _InductorKind)
+
+
+def undo_redirect_inductor() -> None:
+    """Take redirect_inductor back, however often it was called."""
+    torch._TorchCompileInductorWrapper = _plain_wrapper()  # type: ignore[misc]
+
+
+def _plain_wrapper() -> Any:
+    """The class that was there before any redirection."""
+    wrapper = torch._TorchCompileInductorWrapper
+    return wrapper.plain if isinstance(wrapper, _InductorKind) else wrapper
+
+
+@contextlib.contextmanager
+def inductor_redirected(compile_graph: CompileGraph, config: Mapping[str, Any]) -> Iterator[None]:
+    """redirect_inductor inside; afterwards everything is as it was before, an outer redirection included."""
+    before = torch._TorchCompileInductorWrapper
+    redirect_inductor(compile_graph, config)
+    try:
+        yield
+    finally:
+        torch._TorchCompileInductorWrapper = before  # type: ignore[misc]

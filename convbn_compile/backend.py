@@ -53,15 +53,20 @@ def convbn_tune(
         parsed = Options.parse(mode, options)
     except (ValueError, TypeError) as error:
         raise _torch.visible_through_dynamo(error) from None
+    return compile_graph(gm, inputs, parsed)
+
+
+def compile_graph(gm: fx.GraphModule, inputs: Sequence[Tensor], options: Options) -> _torch.CompiledFunction:
+    """Compile one graph of Dynamo's with options that are parsed already, and tell what was done."""
     reports: list[Report] = []
     name = None
     with _telling():
-        name = _cached_report.key(gm, inputs, parsed)
-    compiled = lower(gm, inputs, parsed, reports.append, measure=logger.isEnabledFor(logging.INFO))
+        name = _cached_report.key(gm, inputs, options)
+    compiled = lower(gm, inputs, options, reports.append, measure=logger.isEnabledFor(logging.INFO))
     with _telling():
-        if parsed.mode.folds and name is not None:
+        if options.mode.folds and name is not None:
             report = _cached_report.store(name, Report.sum(reports)) if reports else _cached_report.load(name)
-            _tell(report, parsed)
+            _tell(report, options)
     return compiled
 
 
