@@ -54,8 +54,8 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Report:
     def call(*inputs: Any, **kwargs: Any) -> Any:  # a function of its own: what is compiled here is not the model's
         return model(*inputs, **kwargs)
 
-    with _unchanged(model, (inputs, kwargs)), _torch.no_recompile_limit():
-        torch.compile(call, backend=backend)(*inputs, **kwargs)
+    with _unchanged(model, (inputs, kwargs)), _torch.leaving_no_trace():
+        _torch.compile_apart(call, backend)(*inputs, **kwargs)
     return Report.sum(reports)
 
 
