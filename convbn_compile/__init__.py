@@ -7,5 +7,6 @@ from convbn_compile.modes import turn_on as turn_on
 from convbn_compile.modes import unfreeze_batch_norm as unfreeze_batch_norm
 from convbn_compile.report import Refusal as Refusal
 from convbn_compile.report import Report as Report
+from convbn_compile.scaling import scaling_coefficients as scaling_coefficients
 
 __version__ = "0.1.0"
