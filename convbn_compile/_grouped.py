@@ -1,4 +1,4 @@
-"""Lines of a table that differ in block numbers only, put together: layer1.0.bn2, layer1.1.bn2 are layer*.*.bn2."""
+"""Lines of a table that differ in numbers only, put together: layer1.0.bn2, layer1.1.bn2 are layer*.*.bn2."""
 
 from __future__ import annotations
 
@@ -9,30 +9,42 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 
-def grouped(
-    items: Iterable[Item], path: Callable[[Item], str], alike: Callable[[Item], Hashable] = lambda _: None
-) -> list[tuple[str, list[Item]]]:
-    """Items whose module paths differ in block numbers only, in the order of their first.
-
-    Args:
-        items: what is put together.
-        path: the module path of one.
-        alike: what those put together must have in common, besides.
-
-    Returns:
-        For each group its pattern, or its only item's path, and the items.
-    """
-    groups: dict[tuple[str, Hashable], list[Item]] = {}
+def grouped(items: Iterable[Item], key: Callable[[Item], Hashable]) -> list[list[Item]]:
+    """Items with the same key, in the order of their first."""
+    groups: dict[Hashable, list[Item]] = {}
     for item in items:
-        groups.setdefault((pattern(path(item)), alike(item)), []).append(item)
-    return [(name if len(group) > 1 else path(group[0]), group) for (name, _), group in groups.items()]
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.values())
 
 
-def pattern(path: str) -> str:
-    """A module path with its block numbers as stars; the last name, such as bn2, stays.
+def pattern(path: str, *, last: bool = False) -> str:
+    """A module path with the numbers of its blocks as stars; its last name, such as bn2, stays unless `last`.
 
     >>> pattern("features.denseblock1.denselayer12.norm2")
     'features.denseblock*.denselayer*.norm2'
+    >>> pattern("stages.0.3.conv_1x1.bn"), pattern("stages.0.3"), pattern("stages.0.3", last=True)
+    ('stages.*.*.conv_1x1.bn', 'stages.*.3', 'stages.*.*')
     """
-    parents, dot, name = path.rpartition(".")
-    return re.sub(r"\d+", "*", parents) + dot + name
+    names = path.split(".")
+    kept = [] if last else [names.pop()]
+    return ".".join([re.sub(r"^(\D*)\d+$", r"\1*", name) for name in names] + kept)
+
+
+def without_numbers(text: str) -> str:
+    """What sentences that differ in numbers only have in common."""
+    return re.sub(r"\d+", "*", text)
+
+
+def with_ranges(texts: Iterable[str]) -> str:
+    """Sentences that differ in numbers only as one.
+
+    >>> with_ranges(["8 times at 3 places", "12 times at 3 places", "9 times at 3 places"])
+    '8 to 12 times at 3 places'
+    """
+    slots = zip(*(re.split(r"(\d+)", text) for text in texts), strict=True)
+    return "".join(_range(slot) if index % 2 else slot[0] for index, slot in enumerate(slots))
+
+
+def _range(numbers: Iterable[str]) -> str:
+    ordered = sorted(numbers, key=int)
+    return ordered[0] if ordered[0] == ordered[-1] else f"{ordered[0]} to {ordered[-1]}"

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import convbn_compile
 from convbn_compile import diagnose, models
 from convbn_compile._extras import require
-from convbn_compile._grouped import grouped
+from convbn_compile._grouped import grouped, pattern, with_ranges, without_numbers
 from convbn_compile.report import Report
 
 DONE, NOTHING, FAILED = 0, 1, 3
@@ -144,20 +144,31 @@ def explained(report: Report, *, every: bool = False, width: int | None = None) 
         every: a line for each norm; otherwise norms of like paths and fates share one.
         width: columns to fit into, by wrapping the reasons.
     """
-    lines: list[tuple[str, str, str, str]] = [
-        (item.module, item.kind, "merged" if item.kind == "branches" else "folded", "") for item in report.rewrites
-    ]
+    done = {"branches": "merged"}
+    lines: list[Line] = [(item.module, item.kind, done.get(item.kind, "folded"), "") for item in report.rewrites]
     lines += [(item.module, item.kind, "left alone", item.reason) for item in report.refused]
     if not lines:
         return report.summary()
-    if every:
-        headers, rows = ["norm", "kind", "outcome", "because"], [list(line) for line in lines]
-    else:
-        groups = grouped(lines, lambda line: line[0], lambda line: line[1:])
-        headers = ["norm", "count", "kind", "outcome", "because"]
-        rows = [[name, str(len(group)), *group[0][1:]] for name, group in groups]
+    headers = ["norm", *([] if every else ["count"]), "kind", "outcome", "because"]
+    rows = [list(line) for line in lines] if every else [_one_line(group) for group in grouped(lines, _likeness)]
     table = tabulate(rows, headers, disable_numparse=True, maxcolwidths=_widths(rows, headers, width))
     return f"{table}\n\n{report.totals()}"
+
+
+Line = tuple[str, str, str, str]
+"""Module path, kind, outcome, reason."""
+
+
+def _likeness(line: Line) -> Line:
+    """What lines that are put together have in common."""
+    path, kind, outcome, reason = line
+    return pattern(path, last=kind == "branches"), kind, outcome, without_numbers(reason)
+
+
+def _one_line(group: Sequence[Line]) -> list[str]:
+    path, kind, outcome, _ = group[0]
+    name = path if len(group) == 1 else _likeness(group[0])[0]
+    return [name, str(len(group)), kind, outcome, with_ranges(line[-1] for line in group)]
 
 
 def _widths(rows: list[list[str]], headers: list[str], width: int | None) -> list[int | None] | None:

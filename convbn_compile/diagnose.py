@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from convbn_compile._extras import require
-from convbn_compile._grouped import grouped
+from convbn_compile._grouped import grouped, pattern
 from convbn_compile.scaling import LARGE, SMALL, NormScale, ScalingReport, scale_table
 
 UNEVEN = 10.0
@@ -56,12 +57,13 @@ def _rows(report: ScalingReport, *, every: bool) -> list[tuple[str, NormScale]]:
     """Each norm; or norms of like paths, such as layer*.*.bn2 (16), as one."""
     if every:
         return [(norm.module, norm) for norm in report.norms]
-    groups = grouped(report.norms, lambda norm: norm.module)
-    return [(_name(name, len(norms)), NormScale.sum(name, norms)) for name, norms in groups]
+    groups = grouped(report.norms, lambda norm: pattern(norm.module))
+    return [(_name(norms), NormScale.sum("", norms)) for norms in groups]
 
 
-def _name(name: str, count: int) -> str:
-    return name if count == 1 else f"{name} ({count})"
+def _name(norms: Sequence[NormScale]) -> str:
+    path = norms[0].module
+    return path if len(norms) == 1 else f"{pattern(path)} ({len(norms)})"
 
 
 def plot(report: ScalingReport, file: Path, *, title: str = "Scaling coefficients") -> None:
@@ -102,6 +104,7 @@ def _histogram(axes: Any, scales: list[float]) -> None:
     axes.set_xscale("log")
     axes.hist(scales, bins=edges, color=COLOR)
     axes.set(ylabel="channels", xlim=(edges[0], edges[-1]))
+    axes.xaxis.set_minor_formatter("")
     rates = axes.secondary_xaxis("top", functions=(_inverse_square, _inverse_root))
     rates.set_xlabel("SGD's learning rate in Deploy mode, times Eval's: 1 / scale²")
     _shade(axes)

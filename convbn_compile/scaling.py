@@ -13,6 +13,7 @@ trains gamma, too. Source: arXiv 2305.11624, section 3.3.2 and Figure 2.
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -122,9 +123,10 @@ class ScalingReport:
                 f"{len(self.norms)} norms, {found.channels} channels",
                 f"scale {found.min:.3g} to {found.max:.3g}, median {found.median:.3g}",
                 f"{below:.1%} below {SMALL:g}, {above:.1%} above {LARGE:g}",
-                *([f"{found.zero} are 0"] if found.zero else []),
+                *([f"{found.zero} of scale 0"] if found.zero else []),
             ]
-        parts += [f"{item.module} left out: {item.reason}" for item in self.without]
+        reasons = Counter(item.reason for item in self.without)
+        parts += [f"{count} left out: {reason}" for reason, count in reasons.most_common()]
         return "; ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
