@@ -274,3 +274,12 @@ def test_the_command_is_installed_and_is_a_module_that_imports_no_library(file):
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert "convbn_compile" in imported
     assert not imported & {"timm", "torchvision", "transformers", "matplotlib", "safetensors"}
+
+
+def test_operators_are_declared_only_where_torchvision_is_there_and_wants_them(monkeypatch):
+    defined = []
+    monkeypatch.setattr(torch.library, "define", lambda *args: defined.append(args))
+    models.declare_torchvision_operators()
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    models.declare_torchvision_operators()
+    assert not defined
