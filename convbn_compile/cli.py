@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -257,9 +258,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser: argparse.ArgumentParser = arguments.parser
     torch.manual_seed(0)
     try:
-        return COMMANDS[arguments.command].run(arguments)
+        code = COMMANDS[arguments.command].run(arguments)
+        sys.stdout.flush()
+        return code
     except UsageError as error:
         parser.error(str(error))
+    except BrokenPipeError:  # whoever reads has seen enough, as head has; else Python would complain at exit
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return DONE
     except Exception as error:  # noqa: BLE001  a message and an exit code for the shell
         if arguments.traceback:
             traceback.print_exc()

@@ -250,6 +250,15 @@ def test_likenesses_share_a_line_and_long_reasons_wrap():
     assert max(map(len, narrow)) <= 68
 
 
+def test_a_reader_that_has_seen_enough(file, monkeypatch, capsys):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert cli.main(["diagnose", file("Net")]) == 0
+    assert "convbn-compile" not in capsys.readouterr().err
+
+
 def test_help_has_examples_that_parse(capsys):
     for name, command in cli.COMMANDS.items():
         with pytest.raises(SystemExit) as stopped:
