@@ -27,6 +27,8 @@ import convbn_compile
 from convbn_compile import diagnose, models
 from convbn_compile._extras import require
 from convbn_compile._grouped import grouped, pattern, with_ranges, without_numbers
+from convbn_compile.explain import explain_mode
+from convbn_compile.options import Mode
 from convbn_compile.report import Report
 
 DONE, NOTHING, FAILED = 0, 1, 3
@@ -89,7 +91,7 @@ def explain_arguments(parser: argparse.ArgumentParser) -> None:
         "--mode",
         choices=("tune", "deploy"),
         default="tune",
-        help="tune: with gradients, as fine-tuning runs it (default); deploy: without",
+        help="tune: with gradients, for fine-tuning (default); deploy: without, for inference",
     )
 
 
@@ -99,7 +101,7 @@ def explain(arguments: argparse.Namespace) -> int:
         model = _load(arguments)
         inputs = arguments.input or _default_inputs(arguments.model, model)
         _tell(f"tracing it with {' '.join(map(str, inputs))}")
-        report = _explain(model, inputs, gradients=arguments.mode == "tune")
+        report = _explain(model, inputs, Mode.parse(arguments.mode))
     if arguments.json:
         described = {"inputs": [str(item) for item in inputs], "mode": arguments.mode}
         print(as_json(arguments, {**described, **report.to_dict()}))
@@ -116,12 +118,12 @@ def _default_inputs(name: str, model: nn.Module) -> list[Input]:
     return [Input(shape, name=argument) for argument, shape in shapes.items()]
 
 
-def _explain(model: nn.Module, inputs: Sequence[Input], *, gradients: bool) -> Report:
+def _explain(model: nn.Module, inputs: Sequence[Input], mode: Mode) -> Report:
     args = [item.make() for item in inputs if not item.name]
     kwargs = {item.name: item.make() for item in inputs if item.name}
-    with torch.set_grad_enabled(gradients):
+    with torch.set_grad_enabled(mode is not Mode.DEPLOY):
         try:
-            return convbn_compile.explain(model, *args, **kwargs)
+            return explain_mode(mode, model, args, kwargs)
         except Exception as error:  # noqa: BLE001  whatever it is, the model itself may say it better
             cause = _eager_failure(model, args, kwargs) or error
             given = " ".join(map(str, inputs))
