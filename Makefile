@@ -29,3 +29,12 @@ zoo: .venv-zoo/installed
 .venv-test/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-test
 	.venv-test/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,mmengine,onnx,test,trainers]'
+	touch $@
+
+.venv-zoo/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-zoo
+	.venv-zoo/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,zoo]'
+	touch $@
+
+clean:
+	rm -rf .venv-demo .venv-test .venv-zoo examples/out

@@ -13,5 +13,6 @@ from convbn_compile.patch import patch_inductor as patch_inductor
 from convbn_compile.patch import unpatch_inductor as unpatch_inductor
 from convbn_compile.report import Refusal as Refusal
 from convbn_compile.report import Report as Report
+from convbn_compile.scaling import scaling_coefficients as scaling_coefficients
 
 __version__ = "0.1.0"

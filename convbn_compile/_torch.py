@@ -6,6 +6,8 @@ Written for torch 2.11 to 2.15; each function says which private name it hides.
 from __future__ import annotations
 
 import contextlib
+import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from operator import attrgetter
@@ -19,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.external_utils import wrap_inline
+from torch._dynamo.pgo import get_code_state
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, detect_fake_mode
@@ -54,6 +57,7 @@ __all__ = [
     "GraphPass",
     "batch_norm_ops",
     "cache_dir",
+    "compile_apart",
     "compile_in_place",
     "compile_with_aot_eager",
     "compile_with_inductor",
@@ -70,8 +74,8 @@ __all__ = [
     "is_joint",
     "is_operator",
     "is_view",
+    "leaving_no_trace",
     "mutated_inputs",
-    "no_recompile_limit",
     "not_compiled_in_place",
     "num_forward_outputs",
     "partition",
@@ -122,12 +126,32 @@ def inductor_presets() -> dict[str, dict[str, Any]]:
     return dict(list_mode_options())
 
 
+def compile_apart(function: Callable[..., Any], backend: CompiledFunction) -> CompiledFunction:
+    """torch.compile with fixed sizes and, where torch can, entries that count towards no other's recompile limit."""
+    apart: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in _COMPILE_ARGUMENTS else {}
+    compiled: CompiledFunction = torch.compile(function, backend=backend, dynamic=False, **apart)
+    return compiled
+
+
+_COMPILE_ARGUMENTS = frozenset(inspect.signature(torch.compile).parameters)
+
+
 @contextlib.contextmanager
-def no_recompile_limit() -> Iterator[None]:
-    """Dynamo compiles anew however often one function was compiled before."""
+def leaving_no_trace() -> Iterator[None]:
+    """Dynamo compiles anew however often a function was compiled before, and forgets the sizes that it saw inside.
+
+    It remembers sizes by code object, so that a frame of the model behind a graph break would be dynamic for whoever
+    compiles it next. Hides: pgo.get_code_state.
+    """
+    sizes: dict[Any, Any] = get_code_state()
+    before = copy.deepcopy(dict(sizes))
     config = torch._dynamo.config
-    with config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20):
-        yield
+    try:
+        with config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20):
+            yield
+    finally:
+        sizes.clear()
+        sizes.update(before)
 
 
 # --- decompositions ----------------------------------------------------------------------------------------------

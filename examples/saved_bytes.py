@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import sys
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -25,6 +24,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
+
+from convbn_compile.models import declare_torchvision_operators
 
 MIB = 2**20
 
@@ -57,17 +58,6 @@ def fused(model: nn.Module) -> nn.Module:
                 setattr(parent, name, nn.Identity())
             last = (name, module) if isinstance(module, nn.Conv2d) else None
     return model.requires_grad_()
-
-
-def declare_torchvision_operators() -> None:
-    """Let torchvision's wheel for CUDA import next to a torch without: it wants two operators to exist."""
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.startswith("torchvision")]:
-            del sys.modules[name]
-        for operator in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
 
 
 def make(name: str) -> nn.Module:

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch._functorch.config
 import torch._inductor.config
-from saved_bytes import declare_torchvision_operators
 
 from convbn_compile.backend import warn_once
+from convbn_compile.models import declare_torchvision_operators
 
 declare_torchvision_operators()
 

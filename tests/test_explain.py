@@ -1,6 +1,8 @@
 """explain and Report: every norm is named, with a reason where it is left alone; the model is left as it was."""
 
 import copy
+import importlib
+import inspect
 import json
 import logging
 
@@ -11,6 +13,8 @@ from test_backend import Net, double, output_read_elsewhere, pair
 from torch import nn
 
 import convbn_compile as cb
+
+explain = importlib.import_module("convbn_compile.explain")  # the name is the function's in the package
 
 
 def mixed():
@@ -129,17 +133,50 @@ def test_often_and_without_grad_and_by_keyword():
     assert (report.folded, report.saved_bytes_before) == (1, None)
 
 
+class Broken(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = pair(), pair(nn.Conv2d(8, 8, 3))
+
+    def forward(self, x):
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+
+def sizes_compiled(model, x):
+    """What a user's own torch.compile finds: the sizes of each graph's inputs."""
+    found = []
+
+    def backend(gm, inputs):
+        found.extend(size for value in inputs for size in (value.shape if isinstance(value, torch.Tensor) else [value]))
+        return gm
+
+    torch.compile(model, backend=backend)(x)
+    return found
+
+
+def test_other_sizes_are_not_dynamic_nor_remembered(monkeypatch):
+    def static(gm, inputs, *args, **kwargs):
+        assert not any(isinstance(size, torch.SymInt) for value in inputs for size in (value, *value.shape))
+        graphs.append(gm)
+        return lower(gm, inputs, *args, **kwargs)
+
+    lower, graphs = explain.lower, []
+    monkeypatch.setattr(explain, "lower", static)
+    model = Broken()
+    compiled_once = sizes_compiled(model, double(2, 4, 9, 9))
+    torch._dynamo.reset()
+    apart = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    for size in range(10, 20 if apart else 13):  # more often than Dynamo's recompile limit, which 2.11 counts them in
+        cb.explain(model, double(size, 4, size, 9))
+    assert len(graphs) >= 6
+    assert sizes_compiled(model, double(2, 4, 9, 9)) == compiled_once
+    assert any(isinstance(size, torch.SymInt) for size in sizes_compiled(model, double(3, 4, 9, 9)))
+    cb.explain(model, double(4, 4, 9, 9))
+
+
 def test_graph_breaks_are_summed():
-    class Broken(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = pair(), pair(nn.Conv2d(8, 8, 3))
-
-        def forward(self, x):
-            x = self.first(x)
-            torch._dynamo.graph_break()
-            return self.second(x)
-
     report = cb.explain(Broken(), double(2, 4, 9, 9))
     assert [item.module for item in report.rewrites] == ["first.1", "second.1"]
 

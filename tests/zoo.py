@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from saved_bytes import declare_torchvision_operators
 from support import compiled, counted, difference, magnitude, randomise
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -33,6 +32,7 @@ from tqdm import tqdm
 
 from convbn_compile import freeze_batch_norm
 from convbn_compile._torch import BatchNormModule
+from convbn_compile.models import declare_torchvision_operators
 
 declare_torchvision_operators()
 
