@@ -14,6 +14,7 @@ import torch
 import torch._dynamo.config
 import torch._functorch.config
 import torch._inductor.config
+import torch.distributed
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import ShortenTraceback
@@ -31,10 +32,15 @@ from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 BatchNormModule = _BatchNorm
 """The base class of nn.BatchNorm1d/2d/3d and nn.SyncBatchNorm."""
+
+ConvolutionModule = _ConvNd
+"""The base class of nn.Conv1d/2d/3d and nn.ConvTranspose1d/2d/3d."""
 
 CompiledFunction = Callable[..., Any]
 GraphPass = Callable[[fx.Graph], None]
@@ -43,21 +49,27 @@ __all__ = [
     "USERS_PASS",
     "BatchNormModule",
     "CompiledFunction",
+    "ConvolutionModule",
     "GraphPass",
     "batch_norm_ops",
     "cache_dir",
     "compile_in_place",
     "compile_with_aot_eager",
     "compile_with_inductor",
+    "ddp_forward",
     "default_decompositions",
     "evaluate",
     "get_hash_for_files",
     "inductor_config",
     "inductor_presets",
     "inductor_type",
+    "inside_ddp",
     "is_backward",
     "is_compiled_in_place",
+    "is_ddp_part",
+    "is_fully_sharded",
     "is_joint",
+    "is_of_torch_nn",
     "is_operator",
     "is_view",
     "mutated_inputs",
@@ -366,8 +378,13 @@ def compile_in_place(module: nn.Module, **kwargs: Any) -> None:
     them by the same wrap_inline (torch 2.13, eval_frame.py).
     """
     module.compile(**kwargs)
-    if (type(module).forward.__module__ or "").startswith("torch.nn."):
+    if is_of_torch_nn(module):
         module._compiled_call_impl = torch.compile(wrap_inline(module._call_impl), **kwargs)
+
+
+def is_of_torch_nn(module: nn.Module) -> bool:
+    """True if the module's forward is code of torch.nn itself, whose frames Dynamo skips."""
+    return (type(module).forward.__module__ or "").startswith("torch.nn.")
 
 
 def is_compiled_in_place(module: nn.Module) -> bool:
@@ -391,3 +408,36 @@ def not_compiled_in_place(module: nn.Module) -> Iterator[None]:
 def undo_compile(module: nn.Module) -> None:
     """Take nn.Module.compile() back."""
     module.__dict__.pop("_compiled_call_impl", None)
+
+
+# --- torch.distributed -------------------------------------------------------------------------------------------
+
+
+def inside_ddp(module: nn.Module) -> nn.Module:
+    """The module that DistributedDataParallel wraps; any other module itself."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def ddp_forward(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Inside, Dynamo splits graphs as it does in DistributedDataParallel's forward, if `module` is one.
+
+    Hides: DistributedDataParallel._inside_ddp_forward, which communicates nothing.
+    """
+    if isinstance(module, DistributedDataParallel):
+        return module._inside_ddp_forward()
+    return contextlib.nullcontext()
+
+
+def is_ddp_part(gm: fx.GraphModule) -> bool:
+    """True if a Dynamo graph is one of several that DDPOptimizer split a graph into. Hides: compile_subgraph_reason."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return reason is not None and reason.reason.startswith("DDPOptimizer")
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """True after torch.distributed.fsdp.fully_shard(module)."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)

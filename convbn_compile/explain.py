@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
-from convbn_compile import _torch
+from convbn_compile import _distributed, _torch
 from convbn_compile.lowering import lower
 from convbn_compile.options import Lowering, Options
 from convbn_compile.report import Report
@@ -23,7 +23,9 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Report:
     parameters, buffers and the random state are put back, gradients are not touched; lazy modules are initialised.
 
     Args:
-        model: the module; its training flags decide which batch norms run on batch statistics.
+        model: the module; its training flags decide which batch norms run on batch statistics. Of a
+            DistributedDataParallel the module inside is called, in graphs split at the boundaries of gradient
+            buckets, without communication; a module that fully_shard was applied to communicates.
         inputs: what the model is called with.
         kwargs: likewise.
 
@@ -44,7 +46,10 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain needs a torch.nn.Module, got {model!r} ({type(model).__name__}).")
+    outer = getattr(model, "_orig_mod", model)
+    model = _torch.inside_ddp(outer)
     model = getattr(model, "_orig_mod", model)
+    _distributed.warn_of_sharded_containers(model, "explain")
     reports: list[Report] = []
     options = Options(lowering=Lowering.AOT_EAGER)
 
@@ -54,9 +59,9 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Report:
     def call(*inputs: Any, **kwargs: Any) -> Any:  # a function of its own: what is compiled here is not the model's
         return model(*inputs, **kwargs)
 
-    with _unchanged(model, (inputs, kwargs)), _torch.no_recompile_limit():
+    with _unchanged(model, (inputs, kwargs)), _torch.no_recompile_limit(), _torch.ddp_forward(outer):
         torch.compile(call, backend=backend)(*inputs, **kwargs)
-    return Report.sum(reports)
+    return Report.sum([*reports, Report(refused=_distributed.synchronised(model))])
 
 
 @contextlib.contextmanager
