@@ -19,9 +19,9 @@ from convbn_compile.report import Report
 
 
 def key(gm: fx.GraphModule, inputs: Sequence[Tensor], options: Options) -> str:
-    """A name for what the report of a Dynamo graph depends on: its code, its inputs, grad mode, DDP and our options."""
+    """A name for what the report of a Dynamo graph depends on: its code, its inputs, grad mode and our options."""
     code = [module.code for module in gm.modules() if isinstance(module, fx.GraphModule)]
-    facts = [uuid(options), *code, str(torch.is_grad_enabled()), str(_torch.is_ddp_part(gm)), *_autocast()]
+    facts = [uuid(options), *code, str(torch.is_grad_enabled()), *_autocast()]
     for item in inputs:
         if isinstance(item, Tensor):
             facts.append(f"{tuple(item.shape)} {item.dtype} {item.device.type} {item.requires_grad}")

@@ -60,6 +60,7 @@ __all__ = [
     "default_decompositions",
     "evaluate",
     "get_hash_for_files",
+    "guarded",
     "inductor_config",
     "inductor_presets",
     "inductor_type",
@@ -77,6 +78,7 @@ __all__ = [
     "not_compiled_in_place",
     "num_forward_outputs",
     "partition",
+    "reshard",
     "same_size",
     "size_hint",
     "stable_topological_sort",
@@ -195,6 +197,14 @@ def size_hint(size: int | torch.SymInt) -> int:
         hint = size.node.hint
         return 0 if hint is None else int(hint)
     return size
+
+
+def guarded(number: int | torch.SymInt) -> int | torch.SymInt:
+    """A number as it is in this call, with the guard that the graph is compiled anew for another one.
+
+    One that depends on data, which allows no guard, stays what it is.
+    """
+    return int(number) if isinstance(number, torch.SymInt) and number.node.has_hint() else number
 
 
 def same_size(first: int | torch.SymInt, second: int | torch.SymInt) -> bool:
@@ -441,3 +451,10 @@ def is_fully_sharded(module: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(module, FSDPModule)
+
+
+def reshard(model: nn.Module) -> None:
+    """Give what fully_shard was applied to its sharded parameters back, which else it would do in backward."""
+    for module in model.modules():
+        if is_fully_sharded(module):
+            module.reshard()  # type: ignore[operator]

@@ -75,6 +75,7 @@ def _unchanged(model: nn.Module, inputs: Any) -> Iterator[None]:
         try:
             yield
         finally:
+            _torch.reshard(model)
             for tensor_of, names in bound:
                 tensor_of.clear()
                 tensor_of.update(names)

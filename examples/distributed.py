@@ -1,7 +1,7 @@
 """Fine-tune a small network in Tune mode on several devices, with DDP or FSDP2, and checkpoints that resume.
 
-    torchrun --nproc-per-node 2 examples/distributed.py --strategy ddp --epochs 2 --checkpoint out/digits
-    torchrun --nproc-per-node 2 examples/distributed.py --strategy fsdp2 --epochs 4 --checkpoint out/digits --resume
+    torchrun --nproc-per-node 2 examples/distributed.py --strategy ddp --epochs 2 --checkpoints out/digits
+    torchrun --nproc-per-node 2 examples/distributed.py --strategy fsdp2 --epochs 4 --checkpoints out/digits --resume
 
 Rank 0 trains a network on the digits 0 to 4, which gives batch norm its running statistics; all ranks fine-tune it on 5
 to 9. The data are scikit-learn's digits, 8x8, or made if scikit-learn is not installed. NCCL where there are GPUs, gloo
@@ -43,12 +43,13 @@ class Block(nn.Module):
         self.norm = nn.BatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs, H, W) to (N, outputs, H / stride, W / stride)."""
         activated: Tensor = self.norm(self.conv(x)).relu()
         return activated
 
 
 class Net(nn.Module):
-    """Images (N, 1, 8, 8) to scores of 5 classes."""
+    """A network for images of digits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,6 +57,7 @@ class Net(nn.Module):
         self.head = nn.Linear(64, 5)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images (N, 1, 8, 8) to scores (N, 5)."""
         for block in self.blocks:
             x = block(x)
         scores: Tensor = self.head(x.mean((2, 3)))
@@ -105,27 +107,28 @@ def wrapped(strategy: str, device: torch.device, weights: Mapping[str, Any], low
     return DistributedDataParallel(model)  # copies parameters and buffers from rank 0
 
 
-class Checkpoint:
-    """Model, optimizer and epoch in one directory, by torch.distributed.checkpoint."""
+class Checkpoints:
+    """Model, optimizer and epoch, a directory for each epoch, by torch.distributed.checkpoint; called by all ranks."""
 
     def __init__(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.path, self.model, self.optimizer = path, model, optimizer
 
     def save(self, epoch: int) -> None:
-        """Called by all ranks after an epoch."""
-        dcp.save({**self._state(), "epoch": epoch}, checkpoint_id=self.path)
+        """After so many epochs."""
+        dcp.save(self._state(epoch), checkpoint_id=self.path / f"epoch_{epoch:04}")
 
-    def load(self) -> int:
-        """How many epochs are done."""
-        state = {**self._state(), "epoch": 0}
-        dcp.load(state, checkpoint_id=self.path)
+    def load_last(self) -> int:
+        """How many epochs are done; a checkpoint is complete when its .metadata is written."""
+        last = max(self.path.glob("epoch_*/.metadata")).parent
+        state = self._state(epoch=0)
+        dcp.load(state, checkpoint_id=last)
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         return int(state["epoch"])
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self, epoch: int) -> dict[str, Any]:
         """The names are those of the plain network, with either strategy."""
         weights, moments = get_state_dict(self.model, self.optimizer)
-        return {"model": weights, "optimizer": moments}
+        return {"model": weights, "optimizer": moments, "epoch": epoch}
 
 
 def train(model: nn.Module, loader: DataLoader[Any], optimizer: torch.optim.Optimizer, device: torch.device) -> Tensor:
@@ -153,8 +156,8 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
 
     model = wrapped(arguments.strategy, device, weights, arguments.lowering).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr)
-    checkpoint = Checkpoint(arguments.checkpoint, model, optimizer) if arguments.checkpoint else None
-    done = checkpoint.load() if arguments.resume and checkpoint else 0
+    checkpoints = Checkpoints(arguments.checkpoints, model, optimizer) if arguments.checkpoints else None
+    done = checkpoints.load_last() if arguments.resume and checkpoints else 0
 
     report = convbn_compile.explain(model, images[: arguments.batch_size].to(device))  # on all ranks: FSDP2 gathers
     tell(f"{arguments.strategy}, {dist.get_world_size()} processes: {report.summary()}")
@@ -162,8 +165,8 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
         sampler.set_epoch(epoch)
         loss = train(model, loader, optimizer, device)
         tell(f"epoch {epoch + 1}: loss {loss.item():.5f}")
-        if checkpoint:
-            checkpoint.save(epoch + 1)
+        if checkpoints:
+            checkpoints.save(epoch + 1)
 
 
 def tell(line: str) -> None:
@@ -178,12 +181,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3, help="in all, those before resuming included")
     parser.add_argument("--batch-size", type=int, default=32, help="of one process")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--checkpoint", type=Path, help="a directory, written after every epoch")
-    parser.add_argument("--resume", action="store_true", help="from the checkpoint")
+    parser.add_argument("--checkpoints", type=Path, help="a directory, written to after every epoch")
+    parser.add_argument("--resume", action="store_true", help="from the last checkpoint")
     parser.add_argument("--lowering", choices=("aot_eager", "inductor"), default="inductor")
     arguments = parser.parse_args()
-    if arguments.resume and not arguments.checkpoint:
-        parser.error("--resume needs --checkpoint")
+    if arguments.resume and not any((arguments.checkpoints or Path()).glob("epoch_*/.metadata")):
+        parser.error("--resume needs a directory that has checkpoints: --checkpoints")
     if "RANK" not in os.environ:
         parser.error("start it by torchrun, as above")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")

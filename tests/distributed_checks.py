@@ -19,6 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch._dynamo
 import torch._functorch.config
@@ -157,9 +158,13 @@ def ddp_around_a_model_that_is_on():
 def turn_on_of_ddp_turns_on_inside():
     model = check_ddp(lambda model: on(ddp(model)))
     assert not model.train().module.a.bn.training
+    with pytest.raises(ValueError, match="already compiled"):
+        on(model)
     cb.turn_off(model)
     assert model.train().module.a.bn.training
     assert not cb.freeze_batch_norm(model, skip=["a.bn"]).train().module.b.bn.training
+    with pytest.raises(TypeError, match="not what torch.compile returned"):
+        on(ddp(torch.compile(net())))
 
 
 @check
@@ -293,6 +298,40 @@ def fsdp_of_a_model_that_is_on():
 def fsdp_of_blocks():
     """d runs the graph that was compiled for c."""
     check_fsdp(lambda model: on(sharded(model, *BLOCKS)), folded=3)
+
+
+@check
+def explain_leaves_fsdp_as_it_was():
+    def wrap(model):
+        model = on(sharded(model, *BLOCKS))
+        before = {name: type(parameter) for name, parameter in model.named_parameters()}
+        cb.explain(model, batch()[1])
+        assert {name: type(parameter) for name, parameter in model.named_parameters()} == before
+        return model
+
+    check_fsdp(wrap, folded=6)
+
+
+class Strided(nn.Module):
+    """Blocks of one class with other numbers: Dynamo makes inputs of the graph of those, if they are sharded."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = Block(3, 8), Block(8, 8), Block(8, 8), Block(8, 8)
+        for block, stride in ((self.b, 2), (self.d, 3)):
+            block.conv.stride = (stride, stride)
+        self.c.conv.padding = (2, 2)
+
+    def forward(self, x):
+        return self.d(self.c(self.b(self.a(x))))
+
+
+@check
+def fsdp_of_blocks_with_other_strides():
+    wanted = alone(net(Strided), batch()[0])
+    with counted() as counts:
+        assert_as_one_process(on(sharded(net(Strided), *BLOCKS)), wanted)
+    assert (counts.folded, counts.reasons) == (4, []), counts
 
 
 @check

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,3 +37,22 @@ def test_two_processes(tmp_path, subtests):
     for name, errors in results.items():
         with subtests.test(msg=name):
             assert not any(errors), "\n".join(filter(None, errors))
+
+
+def losses(*arguments):
+    """What the example prints: the first line, and the loss after each epoch."""
+    printed = torchrun("examples/distributed.py", "--lowering", "aot_eager", "--lr", "3e-3", *arguments)
+    lines = re.findall(r"epoch (\d+): loss ([\d.]+)", printed)
+    return printed.splitlines()[0], {int(epoch): float(loss) for epoch, loss in lines}
+
+
+def test_the_example_resumes(tmp_path):
+    """With either strategy the losses are those of two epochs at once."""
+    facts, wanted = losses("--strategy", "ddp", "--epochs", 2)
+    assert facts.startswith("ddp, 2 processes: folded 3 of 3 norms")
+    checkpoints = ["--strategy", "fsdp2", "--checkpoints", tmp_path]
+    facts, first = losses(*checkpoints, "--epochs", 1)
+    assert facts.startswith("fsdp2, 2 processes: folded 3 of 3 norms")
+    _, second = losses(*checkpoints, "--epochs", 2, "--resume")
+    assert [*first, *second] == [*wanted] == [1, 2]
+    assert {**first, **second} == pytest.approx(wanted, rel=1e-3)
