@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,12 +48,11 @@ def losses(*arguments):
 
 
 def test_the_example_resumes(tmp_path):
-    """With either strategy the losses are those of two epochs at once."""
-    facts, wanted = losses("--strategy", "ddp", "--epochs", 2)
+    """From a checkpoint of DDP with FSDP2: the loss is that of DDP without a stop."""
+    facts, wanted = losses("--strategy", "ddp", "--epochs", 2, "--checkpoints", tmp_path)
     assert facts.startswith("ddp, 2 processes: folded 3 of 3 norms")
-    checkpoints = ["--strategy", "fsdp2", "--checkpoints", tmp_path]
-    facts, first = losses(*checkpoints, "--epochs", 1)
+    shutil.rmtree(tmp_path / "epoch_0002")
+    facts, found = losses("--strategy", "fsdp2", "--epochs", 2, "--checkpoints", tmp_path, "--resume")
     assert facts.startswith("fsdp2, 2 processes: folded 3 of 3 norms")
-    _, second = losses(*checkpoints, "--epochs", 2, "--resume")
-    assert [*first, *second] == [*wanted] == [1, 2]
-    assert {**first, **second} == pytest.approx(wanted, rel=1e-3)
+    assert list(wanted) == [1, 2]
+    assert found == pytest.approx({2: wanted[2]}, rel=1e-3)
