@@ -10,15 +10,19 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import shutil
 import sys
 import tempfile
 import traceback
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import distributed as example
 import pytest
 import torch
 import torch._dynamo
@@ -26,7 +30,7 @@ import torch._functorch.config
 import torch._inductor.config
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from support import counted, randomise, relative_errors
+from support import compiled, counted, randomise, relative_errors
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -165,16 +169,6 @@ def turn_on_of_ddp_turns_on_inside():
     assert not cb.freeze_batch_norm(model, skip=["a.bn"]).train().module.b.bn.training
     with pytest.raises(TypeError, match="not what torch.compile returned"):
         on(ddp(torch.compile(net())))
-
-
-@check
-def turn_on_of_the_module_in_ddp():
-    def wrap(model):
-        model = ddp(model)
-        on(model.module)
-        return model
-
-    check_ddp(wrap)
 
 
 @check
@@ -337,7 +331,7 @@ def fsdp_of_blocks_with_other_strides():
 def deploy_sees_the_steps_of_fsdp():
     """The parameters that graphs see keep identity and version, while all-gather writes other values into them."""
     model, (_, images) = sharded(net(Strided), "a"), batch()
-    deployed = torch.compile(model, backend="convbn_tune", mode="deploy", options={"lowering": "aot_eager"})
+    deployed = compiled(model, mode="deploy")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(3):
         with torch.no_grad():
@@ -416,17 +410,17 @@ def fsdp_mixed_precision():
     wanted = alone(net(), batch()[0])
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     worst = {}
-    for compiled in (False, True):
+    for tune in (False, True):
         model = net().float()
         for block in BLOCKS:
             norm = model.get_submodule(block).bn
             norm.running_mean, norm.running_var = norm.running_mean.bfloat16(), norm.running_var.bfloat16()
         sharded(model, *BLOCKS, mp_policy=policy)
         with counted() as counts:
-            backward(on(model) if compiled else model, batch(torch.float32)[1])
-        assert counts.folded == 3 * compiled
+            backward(on(model) if tune else model, batch(torch.float32)[1])
+        assert counts.folded == 3 * tune
         found = {name: grad.double() for name, grad in gradients(model).items()}
-        worst[compiled] = max(relative_errors(found, wanted).values())
+        worst[tune] = max(relative_errors(found, wanted).values())
     assert worst[True] <= 1.5 * worst[False], worst
 
 
@@ -564,8 +558,7 @@ def load(model, optimizer, path):
 def resumed_training_equals_uninterrupted():
     """To the bit with the strategy that saved; to rounding with the other, which sums gradients in another order."""
     strategies = {"ddp": lambda: on(ddp(net())), "fsdp": lambda: on(sharded(net(), *BLOCKS))}
-    paths = [tempfile.mkdtemp() if dist.get_rank() == 0 else None for _ in strategies]
-    dist.broadcast_object_list(paths)
+    paths = [directory() for _ in strategies]
     final = {}
     for path, (strategy, make) in zip(paths, strategies.items(), strict=True):
         model = make()
@@ -585,6 +578,32 @@ def resumed_training_equals_uninterrupted():
             train(model, optimizer, range(2, 4))
             errors = relative_errors(parameters(model), final[saved])
             assert max(errors.values()) <= (0 if strategy == saved else 1e-10), (saved, strategy, errors)
+
+
+def directory():
+    """A new one, the same for both ranks."""
+    path = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(path)
+    return Path(path[0])
+
+
+@check
+def the_example_resumes():
+    """From a checkpoint of DDP with FSDP2: the loss is that of DDP without a stop."""
+    path, lines = directory(), []
+    options = {"epochs": 2, "batch_size": 32, "lr": 3e-3, "checkpoints": path, "lowering": "aot_eager"}
+    with mock.patch.object(example, "tell", lines.append):
+        example.run(Namespace(strategy="ddp", resume=False, **options), torch.device("cpu"))
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(path / "epoch_0002")
+        dist.barrier()
+        example.run(Namespace(strategy="fsdp2", resume=True, **options), torch.device("cpu"))
+    ddp_facts, _, wanted, fsdp_facts, found = lines
+    assert ddp_facts.startswith("ddp, 2 processes: folded 3 of 3 norms")
+    assert fsdp_facts.startswith("fsdp2, 2 processes: folded 3 of 3 norms")
+    wanted, found = (float(line.removeprefix("epoch 2: loss ")) for line in (wanted, found))
+    assert abs(found - wanted) <= 1e-3 * wanted, lines
 
 
 def parameters(model):

@@ -2,8 +2,6 @@
 
 import json
 import os
-import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,19 +38,8 @@ def test_two_processes(tmp_path, subtests):
             assert not any(errors), "\n".join(filter(None, errors))
 
 
-def losses(*arguments):
-    """What the example prints: the first line, and the loss after each epoch."""
-    printed = torchrun("examples/distributed.py", "--lowering", "aot_eager", "--lr", "3e-3", *arguments)
-    lines = re.findall(r"epoch (\d+): loss ([\d.]+)", printed)
-    return printed.splitlines()[0], {int(epoch): float(loss) for epoch, loss in lines}
-
-
-def test_the_example_resumes(tmp_path):
-    """From a checkpoint of DDP with FSDP2: the loss is that of DDP without a stop."""
-    facts, wanted = losses("--strategy", "ddp", "--epochs", 2, "--checkpoints", tmp_path)
-    assert facts.startswith("ddp, 2 processes: folded 3 of 3 norms")
-    shutil.rmtree(tmp_path / "epoch_0002")
-    facts, found = losses("--strategy", "fsdp2", "--epochs", 2, "--checkpoints", tmp_path, "--resume")
-    assert facts.startswith("fsdp2, 2 processes: folded 3 of 3 norms")
-    assert list(wanted) == [1, 2]
-    assert found == pytest.approx({2: wanted[2]}, rel=1e-3)
+def test_the_example_runs():
+    """tests/distributed_checks.py resumes it."""
+    printed = torchrun("examples/distributed.py", "--epochs", 1, "--lowering", "aot_eager").splitlines()
+    assert printed[0].startswith("ddp, 2 processes: folded 3 of 3 norms")
+    assert [line.split(":")[0] for line in printed[1:]] == ["epoch 1"]
