@@ -68,7 +68,7 @@ class ConvParams:
         rank = value(arguments["weight"]).dim() - 2
 
         def of_axes(name: str) -> tuple[int, ...]:
-            numbers = tuple(arguments[name])
+            numbers = tuple(map(_from_outside, arguments[name]))
             return numbers * rank if len(numbers) == 1 else numbers  # aten lets one stand for all axes
 
         return cls(
@@ -77,7 +77,7 @@ class ConvParams:
             dilation=of_axes("dilation"),
             transposed=arguments["transposed"],
             output_padding=of_axes("output_padding"),
-            groups=arguments["groups"],
+            groups=_from_outside(arguments["groups"]),
         )
 
     @property
@@ -85,6 +85,14 @@ class ConvParams:
         """False if a stride, padding, ... is computed in the graph."""
         numbers = (*self.stride, *self.padding, *self.dilation, *self.output_padding, self.groups)
         return all(isinstance(number, int) for number in numbers)
+
+
+def _from_outside(number: Any) -> Any:
+    """A stride, padding, ... that is an input of the graph as the number that it is, which Inductor guards on, too.
+
+    It is one if a block that fully_shard was applied to is called with several (torch 2.13).
+    """
+    return _torch.guarded(number.meta["val"]) if isinstance(number, Node) and number.op == "placeholder" else number
 
 
 @dataclass(frozen=True)

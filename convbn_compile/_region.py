@@ -217,8 +217,12 @@ def _sums_all_but(node: Node, layout: Layout) -> bool:
     return bool(summed) and layout.axis not in summed and all(_torch.same_size(layout.sizes[dim], 1) for dim in left)
 
 
+OUTSIDE = "outside this graph"
+"""Where the inputs of a graph come from."""
+
+
 def operator_name(node: Node) -> str:
     """The operator that computes a node, or where it comes from."""
     if node.op == "output":
         return "the caller"
-    return "outside this graph" if node.op == "placeholder" else str(node.target).removesuffix(".default")
+    return OUTSIDE if node.op == "placeholder" else str(node.target).removesuffix(".default")

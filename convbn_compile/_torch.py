@@ -17,6 +17,7 @@ import torch
 import torch._dynamo.config
 import torch._functorch.config
 import torch._inductor.config
+import torch.distributed
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import ShortenTraceback
@@ -36,10 +37,15 @@ from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 BatchNormModule = _BatchNorm
 """The base class of nn.BatchNorm1d/2d/3d and nn.SyncBatchNorm."""
+
+ConvolutionModule = _ConvNd
+"""The base class of nn.Conv1d/2d/3d and nn.ConvTranspose1d/2d/3d."""
 
 CompiledFunction = Callable[..., Any]
 GraphPass = Callable[[fx.Graph], None]
@@ -54,6 +60,7 @@ __all__ = [
     "CompileGraph",
     "CompileInference",
     "CompiledFunction",
+    "ConvolutionModule",
     "GraphPass",
     "batch_norm_ops",
     "cache_dir",
@@ -61,17 +68,23 @@ __all__ = [
     "compile_in_place",
     "compile_with_aot_eager",
     "compile_with_inductor",
+    "ddp_forward",
     "default_decompositions",
     "evaluate",
     "get_hash_for_files",
+    "guarded",
     "inductor_config",
     "inductor_presets",
     "inductor_redirected",
     "inductor_type",
+    "inside_ddp",
     "is_backward",
     "is_compiled_in_place",
+    "is_ddp_part",
+    "is_fully_sharded",
     "is_inductor_redirected",
     "is_joint",
+    "is_of_torch_nn",
     "is_operator",
     "is_view",
     "leaving_no_trace",
@@ -80,6 +93,7 @@ __all__ = [
     "num_forward_outputs",
     "partition",
     "redirect_inductor",
+    "reshard",
     "same_size",
     "size_hint",
     "stable_topological_sort",
@@ -221,6 +235,14 @@ def size_hint(size: int | torch.SymInt) -> int:
     return size
 
 
+def guarded(number: int | torch.SymInt) -> int | torch.SymInt:
+    """A number as it is in this call, with the guard that the graph is compiled anew for another one.
+
+    One that depends on data, which allows no guard, stays what it is.
+    """
+    return int(number) if isinstance(number, torch.SymInt) and number.node.has_hint() else number
+
+
 def same_size(first: int | torch.SymInt, second: int | torch.SymInt) -> bool:
     """True if two sizes are known to be equal, without a guard on it; (a - 2) * (b - 2) may come multiplied out."""
     if statically_known_true(first == second):
@@ -297,7 +319,7 @@ def writes_uncounted() -> bool:
     """True inside DistributedDataParallel's forward, if that sends buffers, of which it counts no version."""
     if not torch.distributed.is_available():
         return False
-    wrapper: Any = nn.parallel.DistributedDataParallel._active_ddp_module
+    wrapper: Any = DistributedDataParallel._active_ddp_module
     return wrapper is not None and bool(wrapper.will_sync_module_buffers())
 
 
@@ -498,8 +520,13 @@ def compile_in_place(module: nn.Module, **kwargs: Any) -> None:
     them by the same wrap_inline (torch 2.13, eval_frame.py).
     """
     module.compile(**kwargs)
-    if (type(module).forward.__module__ or "").startswith("torch.nn."):
+    if is_of_torch_nn(module):
         module._compiled_call_impl = torch.compile(wrap_inline(module._call_impl), **kwargs)
+
+
+def is_of_torch_nn(module: nn.Module) -> bool:
+    """True if the module's forward is code of torch.nn itself, whose frames Dynamo skips."""
+    return (type(module).forward.__module__ or "").startswith("torch.nn.")
 
 
 def is_compiled_in_place(module: nn.Module) -> bool:
@@ -528,7 +555,7 @@ def undo_compile(module: nn.Module) -> None:
 # --- torch.compile(backend="inductor") ---------------------------------------------------------------------------
 
 
-CompileGraph = Callable[[fx.GraphModule, Sequence[Tensor], Mapping[str, Any]], CompiledFunction]
+CompileDynamoGraph = Callable[[fx.GraphModule, Sequence[Tensor], Mapping[str, Any]], CompiledFunction]
 """From a Dynamo graph, its inputs and Inductor's configuration for this compile to a callable."""
 
 
@@ -541,7 +568,7 @@ class _InductorKind(type):
         return isinstance(instance, cls.plain)
 
 
-def redirect_inductor(compile_graph: CompileGraph, config: Mapping[str, Any]) -> None:
+def redirect_inductor(compile_graph: CompileDynamoGraph, config: Mapping[str, Any]) -> None:
     """From now on, whatever torch.compile(backend="inductor") is called on is compiled by `compile_graph`.
 
     torch.compile makes one _TorchCompileInductorWrapper per call, by that name, and Dynamo calls it with each graph
@@ -592,7 +619,7 @@ def _plain_wrapper() -> Any:
 
 
 @contextlib.contextmanager
-def inductor_redirected(compile_graph: CompileGraph, config: Mapping[str, Any]) -> Iterator[None]:
+def inductor_redirected(compile_graph: CompileDynamoGraph, config: Mapping[str, Any]) -> Iterator[None]:
     """redirect_inductor inside; afterwards everything is as it was before, an outer redirection included."""
     before = torch._TorchCompileInductorWrapper
     redirect_inductor(compile_graph, config)
@@ -600,3 +627,43 @@ def inductor_redirected(compile_graph: CompileGraph, config: Mapping[str, Any]) 
         yield
     finally:
         torch._TorchCompileInductorWrapper = before  # type: ignore[misc]
+
+
+# --- torch.distributed -------------------------------------------------------------------------------------------
+
+
+def inside_ddp(module: nn.Module) -> nn.Module:
+    """The module that DistributedDataParallel wraps; any other module itself."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def ddp_forward(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Inside, Dynamo splits graphs as it does in DistributedDataParallel's forward, if `module` is one.
+
+    Hides: DistributedDataParallel._inside_ddp_forward, which communicates nothing.
+    """
+    if isinstance(module, DistributedDataParallel):
+        return module._inside_ddp_forward()
+    return contextlib.nullcontext()
+
+
+def is_ddp_part(gm: fx.GraphModule) -> bool:
+    """True if a Dynamo graph is one of several that DDPOptimizer split a graph into. Hides: compile_subgraph_reason."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return reason is not None and reason.reason.startswith("DDPOptimizer")
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """True after torch.distributed.fsdp.fully_shard(module)."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+def reshard(model: nn.Module) -> None:
+    """Give what fully_shard was applied to its sharded parameters back, which else it would do in backward."""
+    for module in model.modules():
+        if is_fully_sharded(module):
+            module.reshard()  # type: ignore[operator]

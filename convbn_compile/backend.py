@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from convbn_compile import _cached_report, _torch
 from convbn_compile.joint_pass import FAILED
-from convbn_compile.lowering import lower
+from convbn_compile.lowering import SPLIT_BY_DDP, lower
 from convbn_compile.options import Mode, Options
 from convbn_compile.report import Report
 
@@ -82,19 +82,18 @@ def _telling() -> Iterator[None]:
 
 
 def _tell(report: Report | None, options: Options) -> None:
-    """One INFO line per compiled graph; one warning if nothing is folded although there is batch norm."""
+    """One INFO line per compiled graph; one warning if nothing is folded although there is batch norm.
+
+    A part of a graph that DistributedDataParallel split may have no convolution before its only norm: no reason to warn
+    of, as the other parts fold.
+    """
     if report is None:
         logger.info("%s: from the compile cache; convbn_compile.explain(model, *inputs) reports", options.mode.value)
         return
     logger.info("%s: %s", options.mode.value, report.summary())
-    reason = next(iter(report.reasons("batch norm", "affine")), None)
-    if (
-        options.mode is Mode.TUNE
-        and not report.folded
-        and not report.merged
-        and reason
-        and not reason.startswith(FAILED)
-    ):
+    reasons = report.reasons("batch norm", "affine")
+    reason = next((it for it in reasons if not it.startswith(FAILED) and not it.endswith(SPLIT_BY_DDP)), None)
+    if options.mode is Mode.TUNE and not report.folded and not report.merged and reason:
         warn_once(_nothing_folded(reason))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
-from convbn_compile import _torch
+from convbn_compile import _distributed, _torch
 from convbn_compile.lowering import lower
 from convbn_compile.options import Lowering, Mode, Options
 from convbn_compile.report import Report
@@ -23,7 +23,9 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Report:
     parameters, buffers and the random state are put back, gradients are not touched; lazy modules are initialised.
 
     Args:
-        model: the module; its training flags decide which batch norms run on batch statistics.
+        model: the module; its training flags decide which batch norms run on batch statistics. Of a
+            DistributedDataParallel the module inside is called, in graphs split at the boundaries of gradient
+            buckets, without communication; a module that fully_shard was applied to communicates.
         inputs: what the model is called with.
         kwargs: likewise.
 
@@ -49,7 +51,10 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Report:
 
 def explain_mode(mode: Mode, model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Report:
     """`explain`, of one of the modes that fold; of Deploy only where no gradients are computed."""
+    outer = getattr(model, "_orig_mod", model)
+    model = _torch.inside_ddp(outer)
     model = getattr(model, "_orig_mod", model)
+    _distributed.warn_of_sharded_containers(model, "explain")
     reports: list[Report] = []
     options = Options(mode=mode, lowering=Lowering.AOT_EAGER)
 
@@ -59,9 +64,9 @@ def explain_mode(mode: Mode, model: nn.Module, inputs: Sequence[Any], kwargs: Ma
     def call(*inputs: Any, **kwargs: Any) -> Any:  # a function of its own: what is compiled here is not the model's
         return model(*inputs, **kwargs)
 
-    with _unchanged(model, (inputs, kwargs)), _torch.leaving_no_trace():
+    with _unchanged(model, (inputs, kwargs)), _torch.leaving_no_trace(), _torch.ddp_forward(outer):
         _torch.compile_apart(call, backend)(*inputs, **kwargs)
-    return Report.sum(reports)
+    return Report.sum([*reports, Report(refused=_distributed.synchronised(model))])
 
 
 @contextlib.contextmanager
@@ -75,6 +80,7 @@ def _unchanged(model: nn.Module, inputs: Any) -> Iterator[None]:
         try:
             yield
         finally:
+            _torch.reshard(model)
             for tensor_of, names in bound:
                 tensor_of.clear()
                 tensor_of.update(names)

@@ -13,9 +13,10 @@ from torch import Tensor, fx
 
 from convbn_compile import _torch, joint_pass
 from convbn_compile._constants import constant_nodes
+from convbn_compile._region import OUTSIDE
 from convbn_compile.deploy import keep_constants
 from convbn_compile.options import Lowering, Mode, Options
-from convbn_compile.report import Report
+from convbn_compile.report import Refusal, Report
 from convbn_compile.saved_bytes import saved_bytes
 
 OnReport = Callable[[Report], None]
@@ -35,6 +36,8 @@ def lower(
         measure: find the bytes saved for backward before and after, which takes two more runs of the partitioner.
     """
     failures: list[Exception] = []
+    if _torch.is_ddp_part(gm):
+        on_report = _naming_ddp(on_report)
     run = _joint_pass(options, on_report, failures.append, measure=measure)
     try:
         return _lower(gm, inputs, options, run)
@@ -42,6 +45,20 @@ def lower(
         if not failures:
             raise
         return _lower(gm, inputs, options, None)
+
+
+SPLIT_BY_DDP = "DistributedDataParallel splits the graph at the boundaries of its gradient buckets"
+"""How the reason ends that a norm has if its convolution may be in another part of the graph."""
+
+
+def _naming_ddp(on_report: OnReport) -> OnReport:
+    """Say of norms whose input comes from outside the graph that it was DistributedDataParallel that split it."""
+
+    def named(refusal: Refusal) -> Refusal:
+        outside = OUTSIDE in refusal.reason
+        return replace(refusal, reason=f"{refusal.reason}; {SPLIT_BY_DDP}") if outside else refusal
+
+    return lambda report: on_report(replace(report, refused=tuple(map(named, report.refused))))
 
 
 def _lower(

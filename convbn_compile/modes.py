@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from convbn_compile import _torch
+from convbn_compile import _distributed, _torch
 from convbn_compile.options import Mode, Options
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -20,10 +20,11 @@ def turn_on(model: Model, mode: str = "tune", *, skip: Collection[str] = (), **o
     they are; the model still pickles, copies and saves, as the uncompiled one.
 
     Args:
-        model: the module to compile.
+        model: the module to compile; of a DistributedDataParallel the module inside, before or after wrapping.
         mode: tune, eval or deploy, which freeze batch norm, or train, which leaves it on batch statistics; or one of
             Inductor's presets, which means tune.
-        skip: module paths of batch norms that are not frozen, such as ("head.bn",).
+        skip: module paths of batch norms that are not frozen, such as ("head.bn",); in the module inside
+            DistributedDataParallel.
         options: lowering, memory_budget, merge_branches, fold, and Inductor configuration keys.
 
     Returns:
@@ -41,18 +42,19 @@ def turn_on(model: Model, mode: str = "tune", *, skip: Collection[str] = (), **o
         >>> turn_off(net)[1].training
         True
     """
-    _check_model(model, "turn_on")
+    inner = _check_model(model, "turn_on")
     parsed = Options.parse(options={**options, "mode": mode})
-    if _torch.is_compiled_in_place(model):
+    if _torch.is_compiled_in_place(model) or _torch.is_compiled_in_place(inner):
         raise ValueError(
             "turn_on: the model is already compiled, by turn_on or by nn.Module.compile(). "
             "Call convbn_compile.turn_off(model) first."
         )
-    norms = _norms_to_freeze(model, skip, "turn_on")
-    _torch.compile_in_place(model, backend="convbn_tune", options={**options, "mode": mode})
-    _release(model)
-    model.__dict__[_HELD] = [] if parsed.mode is Mode.TRAIN else norms
-    for module in model.__dict__[_HELD]:
+    norms = _norms_to_freeze(inner, skip, "turn_on")
+    _distributed.warn_of_sharded_containers(inner, "turn_on")
+    _torch.compile_in_place(inner, backend="convbn_tune", options={**options, "mode": mode})
+    _release(inner)
+    inner.__dict__[_HELD] = [] if parsed.mode is Mode.TRAIN else norms
+    for module in inner.__dict__[_HELD]:
         _stand_in(module).held += 1
     return model
 
@@ -61,7 +63,7 @@ def turn_off(model: Model) -> Model:
     """Undo turn_on: the model runs uncompiled, and the batch norms that turn_on froze are as if they never were.
 
     Args:
-        model: a model that turn_on was called on.
+        model: a model that turn_on was called on, or DistributedDataParallel around it.
 
     Returns:
         The same model.
@@ -70,11 +72,11 @@ def turn_off(model: Model) -> Model:
         ValueError: the model is not on.
         TypeError: `model` is not a module.
     """
-    _check_model(model, "turn_off")
-    if _HELD not in model.__dict__:
+    inner = _check_model(model, "turn_off")
+    if _HELD not in inner.__dict__:
         raise ValueError("turn_off: the model is not on. Call convbn_compile.turn_on(model) first.")
-    _torch.undo_compile(model)
-    _release(model)
+    _torch.undo_compile(inner)
+    _release(inner)
     return model
 
 
@@ -85,7 +87,7 @@ def freeze_batch_norm(model: Model, *, skip: Collection[str] = ()) -> Model:
 
     Args:
         model: the module whose batch norms (nn.BatchNorm1d/2d/3d, nn.SyncBatchNorm and subclasses) are frozen.
-        skip: module paths of batch norms to leave out.
+        skip: module paths of batch norms to leave out; in the module inside DistributedDataParallel.
 
     Returns:
         The same model.
@@ -99,8 +101,8 @@ def freeze_batch_norm(model: Model, *, skip: Collection[str] = ()) -> Model:
         >>> net.train()[1].training
         False
     """
-    _check_model(model, "freeze_batch_norm")
-    for module in _norms_to_freeze(model, skip, "freeze_batch_norm"):
+    inner = _check_model(model, "freeze_batch_norm")
+    for module in _norms_to_freeze(inner, skip, "freeze_batch_norm"):
         _stand_in(module).frozen = True
     return model
 
@@ -206,11 +208,14 @@ def _norms_to_freeze(model: nn.Module, skip: Collection[str], caller: str) -> li
     return list(dict.fromkeys(chosen.values()))
 
 
-def _check_model(model: Any, caller: str) -> None:
+def _check_model(model: Any, caller: str) -> nn.Module:
+    """The module that is meant: the one inside DistributedDataParallel."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller} needs a torch.nn.Module, got {model!r} ({type(model).__name__}).")
-    if hasattr(model, "_orig_mod"):
+    inner = _torch.inside_ddp(model)
+    if hasattr(model, "_orig_mod") or hasattr(inner, "_orig_mod"):
         raise TypeError(f"{caller} needs the module itself, not what torch.compile returned: pass model._orig_mod.")
+    return inner
 
 
 def _no_batch_norm(caller: str, model: nn.Module) -> str:
