@@ -288,10 +288,20 @@ def num_forward_outputs(joint: fx.Graph) -> int:
 def static_inputs() -> list[int]:
     """Which inputs of the graph that is being compiled are parameters and buffers, the same tensors in every call.
 
-    Hides: TracingContext.fw_metadata. Tensors that FSDP manages are not among them.
+    Hides: TracingContext.fw_metadata.
     """
     context = TracingContext.try_get()
     return [] if context is None or context.fw_metadata is None else list(context.fw_metadata.static_input_indices)
+
+
+def reads_sharded(gm: fx.GraphModule) -> bool:
+    """True if a Dynamo graph reads parameters that fully_shard gathers: by their version they never change.
+
+    Hides: the sources of Dynamo's placeholders; guard_source is a method in torch 2.11.
+    """
+    sources = [getattr(node, "_dynamo_source", None) for node in gm.graph.find_nodes(op="placeholder")]
+    kinds = [source.guard_source for source in sources if source is not None]
+    return any((kind() if callable(kind) else kind).is_fsdp_module() for kind in kinds)
 
 
 def is_function(node: fx.Node) -> bool:

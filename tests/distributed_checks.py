@@ -39,6 +39,7 @@ from torch.nn.modules._functions import SyncBatchNorm as Synchronise
 from torch.nn.parallel import DistributedDataParallel
 
 import convbn_compile as cb
+from convbn_compile import deploy
 from convbn_compile.backend import warn_once
 from convbn_compile.lowering import SPLIT_BY_DDP
 
@@ -328,18 +329,44 @@ def fsdp_of_blocks_with_other_strides():
 
 
 @check
+def deploy_keeps_nothing_of_what_fsdp_gathers():
+    """Gathered anew, parameters may get the memory that they had."""
+    model, images = sharded(net(Doubled)), batch()[1]
+    deployed = compiled(model, mode="deploy")
+    with torch.no_grad():
+        for _ in range(3):
+            errors = relative_errors({"output": deployed(images)}, {"output": model(images)})
+            assert errors["output"] <= 1e-10
+            model.reshard()
+            for parameter in model.parameters():
+                parameter.to_local().mul_(2)
+    assert not deploy.kept_of(model)
+
+
+class Doubled(nn.Module):
+    """Makes something of a parameter alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.conv.weight * 2).mean((2, 3))
+
+
+@check
 def deploy_sees_the_steps_of_fsdp():
     """The parameters that graphs see keep identity and version, while all-gather writes other values into them."""
-    model, (_, images) = sharded(net(Strided), "a"), batch()
-    deployed = compiled(model, mode="deploy")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(3):
-        with torch.no_grad():
-            errors = relative_errors({"output": deployed(images)}, {"output": model(images)})
-        assert errors["output"] <= 1e-10
-        optimizer.zero_grad()
-        backward(model, images)
-        optimizer.step()
+    for model in (sharded(net(Strided), "a"), sharded(net(Doubled))):
+        deployed, images = compiled(model, mode="deploy"), batch()[1]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            with torch.no_grad():
+                errors = relative_errors({"output": deployed(images)}, {"output": model(images)})
+            assert errors["output"] <= 1e-10
+            optimizer.zero_grad()
+            backward(model, images)
+            optimizer.step()
 
 
 @check
