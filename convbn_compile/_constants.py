@@ -38,7 +38,8 @@ class Split:
 def constant_nodes(graph: Graph, static: Collection[int]) -> set[Node]:
     """The nodes that have one value as long as no static input changes, the static inputs themselves included.
 
-    Of equal ones, as a convolution that is called several times has them, all but the first lose their readers.
+    Of equal ones, as a convolution that is called several times has them, all but the first lose their readers, unless
+    the caller gets them.
 
     Args:
         graph: an inference graph.
@@ -52,7 +53,7 @@ def constant_nodes(graph: Graph, static: Collection[int]) -> set[Node]:
         if _is_function(node) and constants.issuperset(node.all_input_nodes):
             constants.add(node)
             equal = first.setdefault((node.target, str(node.args), str(node.kwargs)), node)
-            if equal is not node:
+            if equal is not node and not _is_returned(equal) and not _is_returned(node):
                 node.replace_all_uses_with(equal)
     return constants
 

@@ -39,6 +39,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 BatchNormModule = _BatchNorm
@@ -294,21 +295,25 @@ def static_inputs() -> list[int]:
     return [] if context is None or context.fw_metadata is None else list(context.fw_metadata.static_input_indices)
 
 
-def reads_sharded(gm: fx.GraphModule) -> bool:
-    """True if a Dynamo graph reads parameters that fully_shard gathers: by their version they never change.
+def counts_versions(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
+    """False if a Dynamo graph reads tensors that by their version never change.
 
-    Hides: the sources of Dynamo's placeholders; guard_source is a method in torch 2.11.
+    Parameters that fully_shard gathers are such, and tensors inside of others (subclasses such as DTensor). Hides: the
+    sources of Dynamo's placeholders; guard_source is a method in torch 2.11.
     """
+    if any(map(is_traceable_wrapper_subclass, inputs)):
+        return False
     sources = [getattr(node, "_dynamo_source", None) for node in gm.graph.find_nodes(op="placeholder")]
     kinds = [source.guard_source for source in sources if source is not None]
-    return any((kind() if callable(kind) else kind).is_fsdp_module() for kind in kinds)
+    return not any((kind() if callable(kind) else kind).is_fsdp_module() for kind in kinds)
 
 
 def is_function(node: fx.Node) -> bool:
-    """True if the node calls an operator that gives the same for the same input, and writes to nothing."""
+    """True if the node calls an operator of torch's that gives the same for the same input, and writes to nothing."""
     target = node.target
     return (
         isinstance(target, OpOverload)
+        and target.namespace in ("aten", "prims")
         and not target._schema.is_mutable
         and torch.Tag.nondeterministic_seeded not in target.tags
     )
@@ -317,11 +322,11 @@ def is_function(node: fx.Node) -> bool:
 _VERSION = attrgetter("_version")
 
 
-def versions(tensors: Sequence[Tensor]) -> list[int] | None:
-    """How often each tensor was written to; None if torch does not keep count, as of inference tensors."""
+def versions(tensors: Sequence[Tensor | None]) -> list[int] | None:
+    """How often each tensor was written to; None if torch does not keep count: of inference tensors, or of None."""
     try:
         return list(map(_VERSION, tensors))
-    except RuntimeError:
+    except (RuntimeError, AttributeError):
         return None
 
 
@@ -357,7 +362,8 @@ def keep_output_strides(graph: fx.Graph) -> None:
     output = graph.output_node()
     for node in output.all_input_nodes:
         traced = node.meta["val"]
-        if node.op == "call_function" and not node.target._schema.is_mutable and isinstance(traced, Tensor):  # type: ignore[union-attr]
+        mutates = isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+        if node.op == "call_function" and not mutates and isinstance(traced, Tensor):
             with graph.inserting_before(output):
                 strides = tuple(graph.materialize_symints(traced.stride()))
                 forced = graph.call_function(torch.ops.prims.inductor_force_stride_order.default, (node, strides))

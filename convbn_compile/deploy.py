@@ -6,7 +6,7 @@ import gc
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import itemgetter
@@ -53,20 +53,16 @@ def refresh(model: nn.Module) -> int:
     if not isinstance(model, nn.Module):
         raise TypeError(f"refresh needs a torch.nn.Module, got {model!r} ({type(model).__name__}).")
     kept = kept_of(model)
-    for graph, folded in kept:
-        graph.forget(folded)
+    for graph, key, _ in kept:
+        graph.forget(key)
     return len(kept)
 
 
-def kept_of(model: nn.Module) -> list[tuple[Deployed, Folded]]:
-    """What is kept that was made of a parameter or buffer of the model, and by which graph."""
+def kept_of(model: nn.Module) -> list[tuple[Deployed, Key, Folded]]:
+    """What is kept that was made of a parameter or buffer of the model: by which graph, and of which tensors' ids."""
     tensors = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    return [
-        (graph, folded)
-        for graph in list(_DEPLOYED)
-        for folded in graph.folded()
-        if not tensors.isdisjoint(id(source()) for source in folded.sources)
-    ]
+    kept = [(graph, key, folded) for graph in list(_DEPLOYED) for key, folded in graph.folded().items()]
+    return [item for item in kept if not tensors.isdisjoint(item[1])]
 
 
 def keep_constants(
@@ -106,33 +102,58 @@ def keep_constants(
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a module has a source. It is the module that is referred to weakly: torch swaps no tensor that is."""
+
+    module: weakref.ref[nn.Module]
+    name: str
+    index: int
+
+
+@dataclass(frozen=True)
 class Folded:
     """What was made of some sources, and how they were then.
 
     Attributes:
-        sources: the tensors; it is forgotten when one of them is no more.
         kept: the constants.
-        memory: that of the sources, so that no other tensor gets its address.
-        addresses: likewise.
-        counters: num_batches_tracked of every batch norm whose running statistics are among the sources.
-        versions: of sources and counters, and steps of fused optimizers; None if one has no version.
+        addresses: where the sources lay.
+        memory: theirs, so that no other tensor gets the address.
+        places: where modules have them.
+        loose: sources that no module has.
+        statistics: the buffers of every batch norm whose running statistics are among them.
+        counts: no source may be statistics of a batch norm that could not be found.
+        versions: of the sources, of num_batches_tracked, and steps of fused optimizers; None if they are not counted.
     """
 
-    sources: tuple[weakref.ref[Tensor], ...]
     kept: list[Tensor]
-    memory: list[UntypedStorage]
     addresses: list[int]
-    counters: list[Tensor]
-    versions: list[int] | None
+    memory: list[UntypedStorage]
+    places: list[Place]
+    loose: list[weakref.ref[Tensor]]
+    statistics: list[Mapping[str, Any]]
+    counts: bool
+    versions: list[int] | None = None
 
     def is_of(self, sources: Sequence[Tensor]) -> bool:
         """True if none of the sources, the same as then, was written to since."""
         return (
             self.versions is not None
-            and self.versions == _versions(sources, self.counters)
+            and self.versions == _versions(sources, self.statistics)
             and self.addresses == list(map(Tensor.data_ptr, sources))
             and not _torch.writes_uncounted()
         )
+
+    def is_in_place(self, key: Key) -> bool:
+        """True unless a module has another tensor, or other memory, in the place of a source."""
+        for place in self.places:
+            tensor: Any = getattr(place.module(), place.name, None)
+            if id(tensor) != key[place.index] or tensor.data_ptr() != self.addresses[place.index]:
+                return False
+        return True
+
+
+Key = tuple[int, ...]
+"""The ids of some sources."""
 
 
 class Deployed:
@@ -146,20 +167,24 @@ class Deployed:
         self._parts = parts
         self._compiled = compiled
         self._select = _selector(parts.sources)
-        self._folded: dict[tuple[int, ...], Folded] = {}
+        self._folded: dict[Key, Folded] = {}
         self._lock = threading.Lock()
         self._boxed_call = True  # AOTAutograd's word for one that takes a list, and empties it
         _DEPLOYED.add(self)
 
-    def folded(self) -> list[Folded]:
+    def folded(self) -> dict[Key, Folded]:
         """What is kept."""
-        return list(self._folded.values())
+        return dict(self._folded)
 
-    def forget(self, folded: Folded) -> None:
+    def forget(self, key: Key) -> None:
         """Fold again at the next call."""
-        for key, other in list(self._folded.items()):
-            if other is folded:
-                self._folded[key] = replace(folded, versions=None)
+        with self._lock:
+            if key in self._folded:
+                self._folded[key] = replace(self._folded[key], versions=None)
+
+    def drop(self, key: Key) -> None:
+        """Keep it no longer."""
+        self._folded.pop(key, None)
 
     def __call__(self, inputs: list[Any]) -> Any:
         """Run the graph; `inputs` are all of its inputs, and are emptied."""
@@ -172,53 +197,77 @@ class Deployed:
         inputs.clear()
         return self._compiled(rest)
 
-    def _fold(self, key: tuple[int, ...], sources: tuple[Tensor, ...]) -> Folded:
+    def _fold(self, key: Key, sources: Sequence[Tensor]) -> Folded:
         """Make the constants: in the memory they have, so that CUDA graphs stay valid, once there is some."""
         with self._lock:
-            before = self._folded.get(key)
-            counters = before.counters if before is not None else _counters(sources)
-            versions = _versions(sources, counters)
+            before = self._folded.get(key) or self._nothing_yet(key, sources)
+            versions = _versions(sources, before.statistics)
             with torch.inference_mode(mode=False), torch.no_grad(), _torch.no_autocast():
                 made = self._parts.constants(*sources)
-                if before is None:
-                    kept = list(map(_torch.as_traced, made, self._parts.kept))
-                else:
+                if before.kept:
                     kept = [old.copy_(new) for old, new in zip(before.kept, made, strict=True)]
-            folded = self._folded[key] = Folded(
-                sources=before.sources if before is not None else self._watch(key, sources),
+                else:
+                    kept = list(map(_torch.as_traced, made, self._parts.kept))
+            self._folded[key] = folded = replace(
+                before,
                 kept=kept,
-                memory=[source.untyped_storage() for source in sources],
                 addresses=list(map(Tensor.data_ptr, sources)),
-                counters=counters,
-                versions=versions,
+                memory=[source.untyped_storage() for source in sources],
+                versions=versions if before.counts else None,
             )
             return folded
 
-    def _watch(self, key: tuple[int, ...], sources: Sequence[Tensor]) -> tuple[weakref.ref[Tensor], ...]:
-        """References to the sources that drop what was made of them when they end: others may get their ids."""
+    def _nothing_yet(self, key: Key, sources: Sequence[Tensor]) -> Folded:
+        """Where the sources are; what is out of place meanwhile, in whichever graph, is dropped."""
+        for graph in list(_DEPLOYED):
+            for other, folded in graph.folded().items():
+                if not folded.is_in_place(other):
+                    graph.drop(other)
         this = weakref.ref(self)
 
-        def drop(_: weakref.ref[Tensor]) -> None:
-            deployed = this()
-            if deployed is not None:
-                deployed._folded.pop(key, None)
+        def drop(_: weakref.ref[Any]) -> None:
+            if (graph := this()) is not None:
+                graph.drop(key)
 
-        return tuple(weakref.ref(source, drop) for source in sources)
+        places = _places(key, drop)
+        owned = {place.index for place in places}
+        loose = [source for index, source in enumerate(sources) if index not in owned]
+        return Folded(
+            kept=[],
+            addresses=[],
+            memory=[],
+            places=places,
+            loose=[weakref.ref(source, drop) for source in loose],
+            statistics=_statistics(places),
+            counts=all(isinstance(source, nn.Parameter) or source.ndim != 1 for source in loose),
+        )
 
 
-def _versions(sources: Sequence[Tensor], counters: Sequence[Tensor]) -> list[int] | None:
+def _versions(sources: Sequence[Tensor], statistics: Sequence[Mapping[str, Any]]) -> list[int] | None:
+    counters = [buffers["num_batches_tracked"] for buffers in statistics]
     return _torch.versions([*sources, *counters, _fused_steps()])
 
 
-def _counters(sources: Sequence[Tensor]) -> list[Tensor]:
-    """num_batches_tracked of every module whose running_mean is among the sources.
+def _places(key: Key, on_end: Callable[[weakref.ref[Any]], None]) -> list[Place]:
+    """Where modules have the sources; what is called if one of these modules is no more."""
+    index = {number: at for at, number in enumerate(key)}
+    places: list[Place] = []
+    for module in [item for item in gc.get_objects() if issubclass(type(item), nn.Module)]:
+        tensors = vars(module).get("_parameters", {}) | vars(module).get("_buffers", {})
+        found = [(name, index[id(tensor)]) for name, tensor in tensors.items() if id(tensor) in index]
+        if found:
+            reference = weakref.ref(module, on_end)
+            places += [Place(reference, name, at) for name, at in found]
+    return places
 
-    Eager batch norm in training mode counts a version for it, but none for the running statistics (torch 2.13).
+
+def _statistics(places: Sequence[Place]) -> list[Mapping[str, Any]]:
+    """The buffers of every batch norm whose running_mean is among the sources.
+
+    Eager batch norm in training mode counts a version for num_batches_tracked, but none for these (torch 2.13).
     """
-    ids = set(map(id, sources))
-    buffers = [item for item in gc.get_objects() if type(item) is dict and id(item.get("running_mean")) in ids]
-    counters = [item.get("num_batches_tracked") for item in buffers]
-    return [counter for counter in counters if isinstance(counter, Tensor)]
+    modules = [place.module() for place in places if place.name == "running_mean"]
+    return [module._buffers for module in modules if module is not None and "num_batches_tracked" in module._buffers]
 
 
 def _selector(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Tensor, ...]]:

@@ -60,9 +60,9 @@ def fuse(
         (1, ['0.bias', '0.weight'])
     """
     _check(model)
-    module = _captured(model, example_inputs, dict(kwargs or {}), dynamic_shapes)
-    report = joint_pass.run(module.graph, constants=_constants)
-    with torch.no_grad():
+    with torch.inference_mode(mode=False), torch.no_grad():
+        module = _captured(model, example_inputs, dict(kwargs or {}), dynamic_shapes)
+        report = joint_pass.run(module.graph, constants=_constants)
         fused = Fused(_attributes_and_layers(module), module.graph, "Fused")
     fused.report = report
     return fused.eval()
@@ -91,7 +91,7 @@ def _captured(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any],
     rules: Any = torch.export.default_decompositions()
     table = {op: rule for op, rule in rules.items() if op.namespace == "aten" and op._opname in _PAIRED}
     try:
-        with torch.no_grad(), _torch.not_compiled_in_place(model):
+        with _torch.not_compiled_in_place(model):
             program = torch.export.export(model, inputs, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
             program = program.run_decompositions(table)
     except Exception as error:
@@ -127,9 +127,9 @@ def _attributes_and_layers(module: GraphModule) -> dict[str, Any]:
         node.replace_all_uses_with(read)
     _erase_dead(graph)
     for node in graph.find_nodes(op="get_attr"):
-        if node.target.rpartition(".")[0] in found:
+        if node.target.rpartition(".")[0] in found or node.target.partition(".")[0] == "report":
             node.target = _free(node.target.replace(".", "_"), found)
-        found[node.target] = _copy(values[node])
+        found[node.target] = _copy(values[node]) if isinstance(values[node], Tensor) else values[node]
     called = {node.target for node in graph.find_nodes(op="call_module")}
     return found | {name: module.get_submodule(name) for name in called if name not in found}
 
@@ -140,11 +140,12 @@ def _layers(module: GraphModule) -> dict[str, Any]:
     operators = [op for op in linear_operators(graph) if constants.issuperset(_tensors(op))]
     values = _computed(module, [node for op in operators for node in _tensors(op)])
     layers: dict[str, Any] = {}
+    avoid = {name for name, _ in module.named_modules()}
     paths: dict[tuple[Any, ...], str] = {}
     for op in operators:
         key = (*_tensors(op), op.params)
         if key not in paths:
-            paths[key] = _free(_layer_path(op), layers)
+            paths[key] = _free(_layer_path(op), layers, avoid)
             layers[paths[key]] = _layer(op.params, *(values[node] for node in _tensors(op)))
     for op in reversed(operators):  # so that no input is a node that was replaced
         with graph.inserting_before(op.node):
@@ -184,13 +185,14 @@ def _attribute(module: nn.Module, path: str) -> Any:
     return getattr(module.get_submodule(owner), name)
 
 
-def _free(path: str, taken: Collection[str]) -> str:
-    """The path, or the path with a number if there is something already."""
-    count = 1
-    name = path
-    while name in taken:
+def _free(path: str, taken: Collection[str], avoid: Collection[str] = ()) -> str:
+    """The path, or the path with a number if there is something already, or it begins with what is Fused's own."""
+    head, dot, rest = path.partition(".")
+    first = f"{head}_{dot}{rest}" if head == "report" else path
+    count, name = 1, first
+    while name in taken or (name != path and name in avoid):
         count += 1
-        name = f"{path}_{count}"
+        name = f"{first}_{count}"
     return name
 
 

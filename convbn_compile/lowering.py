@@ -38,7 +38,7 @@ def lower(
     failures: list[Exception] = []
     if _torch.is_ddp_part(gm):
         on_report = _naming_ddp(on_report)
-    run = _joint_pass(options, on_report, failures.append, measure=measure, keeps=_keeps(gm, options))
+    run = _joint_pass(options, on_report, failures.append, measure=measure, keeps=_keeps(gm, inputs, options))
     try:
         return _lower(gm, inputs, options, run)
     except Exception:
@@ -67,7 +67,7 @@ def _lower(
     common: dict[str, Any] = {"config": options.inductor, "memory_budget": options.memory_budget}
     if options.mode is Mode.DEPLOY:
         common["config"] = {**options.inductor, "freezing": False}  # it would not follow the weights
-    if _keeps(gm, options):
+    if _keeps(gm, inputs, options):
         common["on_inference"] = partial(keep_constants, for_inductor=options.lowering is Lowering.INDUCTOR)
     if options.lowering is Lowering.AOT_EAGER:
         return _torch.compile_with_aot_eager(gm, inputs, joint_pass=joint_pass or (lambda _: None), **common)
@@ -75,9 +75,9 @@ def _lower(
     return _torch.compile_with_inductor(gm, inputs, joint_pass=joint_pass, uuid=uuid(options), **common)
 
 
-def _keeps(gm: fx.GraphModule, options: Options) -> bool:
+def _keeps(gm: fx.GraphModule, inputs: Sequence[Tensor], options: Options) -> bool:
     """True if what is made of parameters and buffers alone is kept between calls."""
-    return options.mode is Mode.DEPLOY and not _torch.reads_sharded(gm)
+    return options.mode is Mode.DEPLOY and _torch.counts_versions(gm, inputs)
 
 
 def _joint_pass(

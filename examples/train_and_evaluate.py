@@ -31,8 +31,10 @@ def swapped(model: nn.Module, other: nn.Module) -> Iterator[None]:
             mine.data, theirs.data = theirs.data, mine.data
 
     swap()
-    yield
-    swap()
+    try:
+        yield
+    finally:
+        swap()
 
 
 def accuracy(function: Callable[[Tensor], Tensor]) -> tuple[float, Tensor]:

@@ -1,5 +1,6 @@
 """mode="deploy": folded once, and again whenever a weight changes, in whichever way."""
 
+import collections
 import copy
 import gc
 import threading
@@ -11,6 +12,7 @@ import torch._inductor.config
 from support import compiled, counted, difference, randomise
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.testing._internal.two_tensor import TwoTensor
 
 import convbn_compile as cb
 from convbn_compile import _constants, deploy
@@ -30,7 +32,7 @@ X = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().man
 
 def kept(model):
     """What the one graph keeps that reads the model."""
-    ((_, folded),) = deploy.kept_of(model)
+    ((_, _, folded),) = deploy.kept_of(model)
     return folded.kept
 
 
@@ -134,6 +136,88 @@ def test_batch_norm_trained_after_to_is_not_missed():
     assert difference(deployed(X), model(X)) <= 1e-12
 
 
+def freeze_garbage(model):
+    gc.freeze()
+
+
+def other_counter(model):
+    for norm in (model[1], model[4]):
+        norm.num_batches_tracked = torch.tensor(0)
+
+
+def no_counter(model):
+    for norm in (model[1], model[4]):
+        norm.num_batches_tracked = None
+
+
+def ordered(model):
+    """As models are that an older torch pickled."""
+    for norm in (model[1], model[4]):
+        norm.__dict__["_buffers"] = collections.OrderedDict(norm._buffers)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("change", [freeze_garbage, other_counter, no_counter, ordered])
+def test_trained_batch_norm_with_counters_that_are_hard_to_find(change, first):
+    model = net()
+    deployed = compiled(model, mode="deploy")
+    if first and change is not ordered:
+        deployed(X)
+    change(model)
+    try:
+        deployed(X)
+        train_batch_norm(model)
+        assert difference(deployed(X), model(X)) <= 1e-12
+    finally:
+        gc.unfreeze()
+
+
+def test_memory_that_another_tensor_gets():
+    """An allocator gives memory of the same size again, at the same address."""
+    model = net()
+    deployed = compiled(model, mode="deploy")
+    deployed(X)
+    for _ in range(10):
+        shape = model[3].weight.shape
+        model[3].weight.data = torch.empty(0, dtype=torch.float64)
+        model[3].weight.data = torch.randn(shape, dtype=torch.float64)
+        assert difference(deployed(X), model(X)) <= 1e-12
+
+
+def test_tensors_can_be_swapped():
+    """torch refuses to swap what is referred to weakly."""
+    model = net()
+    deployed = compiled(model, mode="deploy")
+    deployed(X)
+    torch.utils.swap_tensors(model[3].weight, nn.Parameter(torch.randn_like(model[3].weight)))
+    assert difference(deployed(X), model(X)) <= 1e-12
+
+
+def test_weights_inside_of_other_tensors_are_folded_in_every_call():
+    """What is written to the tensors inside of a subclass, such as DTensor, counts no version."""
+    model = net()
+    for name, parameter in list(model.named_parameters()):
+        owner, _, attribute = name.rpartition(".")
+        double = TwoTensor(parameter.detach(), parameter.detach().clone())
+        setattr(model.get_submodule(owner), attribute, nn.Parameter(double, requires_grad=False))
+    deployed = compiled(model, mode="deploy")
+    for _ in range(3):
+        model[0].weight.mul_(1.5)
+        found, wanted = deployed(X), model(X)
+        assert difference(found.a, wanted.a) <= 1e-12
+        assert difference(found.b, wanted.b) <= 1e-12
+
+
+def test_old_weights_are_not_held():
+    """A model that is given another dtype is compiled anew; nothing is kept for the graph of before."""
+    model = nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 8, 3))).double().eval()
+    deployed = compiled(model, mode="deploy")
+    deployed(X)
+    model.float()
+    deployed(X.float())
+    assert len(deploy.kept_of(model)) == 1
+
+
 @torch._inductor.config.patch(freezing=True)
 def test_freezing_is_off():
     """Switched on for the whole process, as some serving scripts do, it would keep the weights of the first call."""
@@ -175,11 +259,11 @@ def test_folded_once(monkeypatch):
 def test_what_is_left_is_two_convolutions():
     model = net()
     compiled(model, mode="deploy")(X)
-    ((graph, folded),) = deploy.kept_of(model)
+    ((graph, key, folded),) = deploy.kept_of(model)
     arithmetic = [node for node in graph._parts.rest.graph.nodes if node.op == "call_function" and not is_view(node)]
     names = [str(node.target) for node in arithmetic]
     assert names == ["aten.convolution.default", "aten.relu.default", "aten.convolution.default"]
-    assert (len(folded.sources), len(folded.kept)) == (11, 4)
+    assert (len(key), len(folded.kept)) == (11, 4)
 
 
 def test_addresses_stay():
@@ -214,7 +298,7 @@ def test_models_that_share_a_graph_are_folded_once_each(monkeypatch):
 def test_nothing_is_kept_of_a_model_that_is_no_more():
     model = net()
     compiled(model, mode="deploy")(X)
-    ((graph, _),) = deploy.kept_of(model)
+    ((graph, _, _),) = deploy.kept_of(model)
     assert graph.folded()
     del model
     gc.collect()
@@ -265,8 +349,34 @@ def test_inference_tensors_are_never_taken_to_be_as_they_were():
         assert difference(deployed(X), model(X)) <= 1e-12
 
 
+def test_refresh_while_another_thread_folds(monkeypatch):
+    model = net()
+    deployed = compiled(model, mode="deploy")
+    deployed(X)
+    folding, refreshed = threading.Event(), threading.Event()
+    ((graph, key, _),) = deploy.kept_of(model)
+    constants = graph._parts.constants.forward
+
+    def slow(*sources):
+        made = constants(*sources)
+        folding.set()
+        refreshed.wait(0.5)  # the main thread waits for the lock meanwhile
+        return made
+
+    monkeypatch.setattr(graph._parts.constants, "forward", slow)
+    graph.forget(key)
+    thread = threading.Thread(target=torch.no_grad()(deployed), args=(X,))
+    thread.start()
+    folding.wait()
+    model[3].weight.data.mul_(2)
+    assert cb.refresh(model) == 1
+    refreshed.set()
+    thread.join()
+    assert difference(deployed(X), model(X)) <= 1e-12
+
+
 class Scaled(nn.Module):
-    """Returns what it makes of a weight."""
+    """Returns what it makes of a weight, twice the same."""
 
     def __init__(self):
         super().__init__()
@@ -274,16 +384,66 @@ class Scaled(nn.Module):
 
     def forward(self, x):
         weight = self.conv.weight * 2
-        return self.conv._conv_forward(x, weight, None), weight.view(-1), self.conv.weight.exp()
+        return self.conv._conv_forward(x, weight, None), weight.view(-1), self.conv.weight.exp(), self.conv.weight.exp()
 
 
 def test_outputs_are_the_callers():
     model = Scaled()
     deployed = compiled(model, mode="deploy")
-    for tensor in deployed(X):
-        tensor.zero_()
-    for found, wanted in zip(deployed(X), model(X), strict=True):
-        assert difference(found, wanted) <= 1e-12
+    for index in range(4):
+        outputs = deployed(X)
+        outputs[index].zero_()
+        for other, (found, wanted) in enumerate(zip(outputs, model(X), strict=True)):
+            assert other == index or difference(found, wanted) <= 1e-12
+
+
+class Outputs(nn.Module):
+    """Several outputs of one operator, and one that reads memory as it lies."""
+
+    def __init__(self, *, strided):
+        super().__init__()
+        self.body, self.strided = net(), strided
+
+    def forward(self, x):
+        y = self.body(x)
+        values, indices = nn.functional.max_pool2d(y, 2, return_indices=True)
+        return (values, indices, *y.chunk(2, 1), *([y.as_strided((2, 8), (1, 4))] if self.strided else []))
+
+
+@pytest.mark.parametrize("strided", [True, False])
+def test_outputs_of_generated_code_lie_as_eagers(strided):
+    model = Outputs(strided=strided).eval()
+    found, wanted = compiled(model, mode="deploy", lowering="inductor")(X), model(X)
+    assert [tensor.stride() for tensor in found] == [tensor.stride() for tensor in wanted]
+    assert all(difference(*pair) <= 1e-12 for pair in zip(found, wanted, strict=True))
+    kept_in_channels_last = [tensor.is_contiguous(memory_format=torch.channels_last) for tensor in kept(model)[1::2]]
+    assert all(kept_in_channels_last) != strided
+
+
+@torch.library.custom_op("convbn_compile_tests::counted_double", mutates_args=())
+def counted_double(x: torch.Tensor) -> torch.Tensor:
+    """Not a function of its input: somebody's own operator may have a state."""
+    counted_double.calls += 1
+    return x * counted_double.calls
+
+
+counted_double.calls = 0
+counted_double.register_fake(torch.empty_like)
+
+
+class OwnOperator(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.conv._conv_forward(x, counted_double(self.conv.weight), None)
+
+
+def test_operators_that_are_not_torchs_are_called_in_every_call():
+    deployed = compiled(OwnOperator(), mode="deploy")
+    first, second = deployed(X), deployed(X)
+    assert difference(second, 2 * first) <= 1e-10
 
 
 class Counting(nn.Module):
@@ -354,6 +514,46 @@ def test_casts_of_autocast_are_done_once():
     assert {tensor.dtype for tensor in kept(model) if tensor.ndim == 4} == {torch.bfloat16}
     wanted = model.double()(X)
     assert difference(found, wanted) <= 2 * difference(eager, wanted)
+
+
+class WithoutAutocast(nn.Module):
+    """Makes a weight in full precision, whatever the caller's autocast."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.mix = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return self.conv._conv_forward(x, (self.mix @ self.conv.weight[:, :, 0, 0])[:, :, None, None], None)
+
+
+def test_constants_are_made_as_they_were_traced():
+    model, x = WithoutAutocast(), X.float()
+    deployed = compiled(model, mode="deploy")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert difference(deployed(x), model(x)) <= 1e-5
+
+
+def test_branches_that_do_not_pay_in_training_are_merged_once():
+    """Adding weights up is more work than it saves at 16 places."""
+    branches = [nn.Sequential(nn.Conv2d(8, 8, size, padding=size // 2), nn.BatchNorm2d(8)) for size in (3, 1)]
+
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.branches = nn.ModuleList(branches)
+
+        def forward(self, x):
+            return self.branches[0](x) + self.branches[1](x)
+
+    merged, model = {}, randomise(Sum())
+    for mode in ("tune", "deploy"):
+        with counted() as counts:
+            compiled(model, mode=mode)(torch.randn(1, 8, 4, 4))
+        merged[mode] = counts.merged
+    assert merged == {"tune": 0, "deploy": 1}
 
 
 def test_folds_that_do_not_pay_in_training_pay_once():

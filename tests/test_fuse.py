@@ -211,6 +211,56 @@ def test_compiled_models(wrap):
         torch.testing.assert_close(cb.fuse(wrap(model), x)(x), copy.deepcopy(model)._call_impl(x))
 
 
+class Names(nn.Module):
+    """A convolution with the name of Fused's own attribute, one that is called twice, and one named like its double."""
+
+    def __init__(self):
+        super().__init__()
+        self.report, self.a, self.a_2 = (nn.Conv2d(4, 4, 1) for _ in range(3))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(2))
+
+    def forward(self, x):
+        return (
+            self.a_2(self.norms[0](self.a(x)) + self.norms[1](self.a(x)) + self.report(x)) + self.report.bias.exp()[0]
+        )
+
+
+def test_names_that_are_taken():
+    model, x = randomise(Names()).double(), images(1, 4, 6, 6)
+    fused = cb.fuse(model, x)
+    assert difference(fused(x), model(x)) <= 1e-10
+    assert torch.equal(fused.a_2.weight, model.a_2.weight)
+    assert {name.rpartition(".")[0] for name in fused.state_dict() if "." in name} >= {"a_2", "report_"}
+
+
+class Cond(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        return torch.cond(y.sum() > 0, lambda y: y.sin(), lambda y: y.cos(), (y,))
+
+
+def test_graphs_inside():
+    model = randomise(Cond()).double()
+    x = images(1, 4, 6, 6)
+    fused = cb.fuse(model, x)
+    assert fused.report.folded == 1
+    for sign in (1, -1):
+        assert difference(fused(sign * x), model(sign * x)) <= 1e-10
+
+
+def test_fused_in_inference_mode_has_ordinary_parameters():
+    model, x = randomise(Branches()), torch.randn(1, 4, 6, 6)
+    with torch.inference_mode():
+        fused = cb.fuse(model, x.clone())
+    x.requires_grad_()
+    fused(x).sum().backward()
+    assert x.grad is not None
+
+
 class Counts(nn.Module):
     def __init__(self):
         super().__init__()
