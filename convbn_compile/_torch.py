@@ -338,11 +338,6 @@ def writes_uncounted() -> bool:
     return wrapper is not None and bool(wrapper.will_sync_module_buffers())
 
 
-def no_autocast() -> contextlib.AbstractContextManager[None]:
-    """What is traced has the casts of autocast in it already."""
-    return torch._C._DisableAutocast()
-
-
 def prefers_channels_last(module: fx.GraphModule) -> bool:
     """True if Inductor will have convolutions of the graph in channels_last. Hides: GraphLowering.decide_layout_opt."""
     return GraphLowering.decide_layout_opt(module, is_inference=True)

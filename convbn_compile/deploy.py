@@ -202,7 +202,7 @@ class Deployed:
         with self._lock:
             before = self._folded.get(key) or self._nothing_yet(key, sources)
             versions = _versions(sources, before.statistics)
-            with torch.inference_mode(mode=False), torch.no_grad(), _torch.no_autocast():
+            with torch.inference_mode(mode=False), torch.no_grad():
                 made = self._parts.constants(*sources)
                 if before.kept:
                     kept = [old.copy_(new) for old, new in zip(before.kept, made, strict=True)]
