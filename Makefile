@@ -13,7 +13,7 @@ test: .venv-test/installed
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/mypy
-	OMP_WAIT_POLICY=passive .venv-test/bin/pytest -n auto
+	OMP_WAIT_POLICY=passive .venv-test/bin/pytest -n auto --dist worksteal
 
 fuzz: .venv-test/installed
 	.venv-test/bin/python tests/fuzz.py --cases $(or $(CASES),10000) --seed $(or $(SEED),0)
