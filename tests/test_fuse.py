@@ -53,6 +53,17 @@ class Tied(nn.Module):
         return self.norm(self.conv(x)).relu() * self.conv.weight[0, 0, 0, 0] + self.conv.weight.exp().sum() + torch.arange(6)
 
 
+class Product(nn.Module):
+    """x @ w, as transformers' Conv1D has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.norm = nn.Parameter(torch.randn(4, 6)), nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        return self.norm(x @ self.weight)
+
+
 class Tokens(nn.Module):
     """A linear layer on [N, L, C] with a norm of its output, a table, a keyword argument and a dict for output."""
 
@@ -81,6 +92,7 @@ MODELS = {
         ["ConvTranspose2d"],
     ),
     "linear": (nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)), (3, 4), ["Linear", "Linear"]),
+    "product": (Product(), (3, 4), ["Linear"]),
     "branches": (nn.Sequential(Branches(), Branches()), (1, 4, 8, 8), ["Conv2d", "Conv2d"]),
     "twice, two norms": (Twice(2), (1, 4, 6, 6), ["Conv2d", "Conv2d"]),
     "twice, one norm": (Twice(1), (1, 4, 6, 6), ["Conv2d"]),
@@ -103,7 +115,7 @@ def test_layers(model, shape, layers):
             tensor.zero_()  # it is a copy
         assert difference(fused(x), wanted) <= 1e-10
     found = [type(module).__name__ for module in fused.modules() if list(module.parameters(recurse=False))]
-    assert [name for name in found if name != "Module"] == layers
+    assert [name for name in found if name not in ("Module", "Fused")] == layers
     assert not fused.report.refused
     assert not re.search("conv|mm|norm", " ".join(str(n.target) for n in fused.graph.nodes if n.op == "call_function"))
     assert not any(parameter.requires_grad for parameter in fused.parameters())
@@ -114,6 +126,11 @@ def test_paths_are_the_models():
     fused = cb.fuse(randomise(nn.Sequential(Branches(), nn.Sequential(nn.Conv2d(4, 2, 1)))), torch.randn(1, 4, 6, 6))
     assert sorted(fused.state_dict()) == ["0.three.0.bias", "0.three.0.weight", "1.0.bias", "1.0.weight"]
     assert (fused.report.folded, fused.report.merged) == (3, 1)
+
+
+def test_the_path_of_a_parametrized_layer():
+    model = nn.Sequential(parametrizations.weight_norm(nn.Conv2d(4, 6, 3)), nn.BatchNorm2d(6))
+    assert sorted(cb.fuse(randomise(model), torch.randn(1, 4, 6, 6)).state_dict()) == ["0.bias", "0.weight"]
 
 
 def test_any_arguments_and_outputs():
