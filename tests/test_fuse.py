@@ -50,18 +50,20 @@ class Tied(nn.Module):
         self.conv, self.norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
 
     def forward(self, x):
-        return self.norm(self.conv(x)).relu() * self.conv.weight[0, 0, 0, 0] + self.conv.weight.exp().sum() + torch.arange(6)
+        weight = self.conv.weight
+        return self.norm(self.conv(x)).relu() * weight[0, 0, 0, 0] + weight.exp().sum() + torch.arange(6)
 
 
 class Product(nn.Module):
-    """x @ w, as transformers' Conv1D has it."""
+    """x @ w + b, as transformers' Conv1D has it."""
 
     def __init__(self):
         super().__init__()
-        self.weight, self.norm = nn.Parameter(torch.randn(4, 6)), nn.BatchNorm1d(6)
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(6))
+        self.norm = nn.BatchNorm1d(6)
 
     def forward(self, x):
-        return self.norm(x @ self.weight)
+        return self.norm(torch.addmm(self.bias, x, self.weight))
 
 
 class Tokens(nn.Module):
@@ -105,6 +107,10 @@ MODELS = {
 }
 
 
+def shape_of(layer):
+    return {name: getattr(layer, name) for name in ("in_channels", "out_channels", "kernel_size", "groups")}
+
+
 @pytest.mark.parametrize(("model", "shape", "layers"), MODELS.values(), ids=MODELS)
 def test_layers(model, shape, layers):
     model, x = randomise(copy.deepcopy(model)).double(), images(*shape)
@@ -116,6 +122,9 @@ def test_layers(model, shape, layers):
         assert difference(fused(x), wanted) <= 1e-10
     found = [type(module).__name__ for module in fused.modules() if list(module.parameters(recurse=False))]
     assert [name for name in found if name not in ("Module", "Fused")] == layers
+    for layer in fused.modules():
+        if isinstance(layer, nn.modules.conv._ConvNd):
+            assert layer.weight.shape == type(layer)(**shape_of(layer)).weight.shape
     assert not fused.report.refused
     assert not re.search("conv|mm|norm", " ".join(str(n.target) for n in fused.graph.nodes if n.op == "call_function"))
     assert not any(parameter.requires_grad for parameter in fused.parameters())
