@@ -17,9 +17,10 @@ def check_module(model: Any, caller: str) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller} needs a torch.nn.Module, got {model!r} ({type(model).__name__}).")
-    if _torch.is_script(unwrapped(model)):
+    inside = unwrapped(model)
+    if _torch.is_script(inside):
         raise TypeError(
-            f"{caller} does not support TorchScript modules, got a {type(model).__name__}: "
+            f"{caller} does not support TorchScript modules, got a {type(inside).__name__}: "
             "pass the module that torch.jit.script or torch.jit.trace was called on."
         )
 
