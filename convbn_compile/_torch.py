@@ -87,6 +87,7 @@ __all__ = [
     "is_joint",
     "is_of_torch_nn",
     "is_operator",
+    "is_script",
     "is_view",
     "leaving_no_trace",
     "mutated_inputs",
@@ -103,6 +104,7 @@ __all__ = [
     "undo_compile",
     "undo_redirect_inductor",
     "visible_through_dynamo",
+    "whole",
 ]
 
 
@@ -571,12 +573,26 @@ CompileDynamoGraph = Callable[[fx.GraphModule, Sequence[Tensor], Mapping[str, An
 
 
 class _InductorKind(type):
-    """What stands in for a class of Inductor's: every instance of the class it replaces passes for one of its own."""
+    """What stands in for a class of Inductor's: every instance of the class it replaces passes for one of its own.
+
+    Attributes:
+        plain: the class it replaces.
+        below: what was there before it, which may be another stand-in.
+        within: the stand-in of the inductor_redirected() that it was put there in, and does not outlive.
+        ended: its inductor_redirected() is over.
+    """
 
     plain: type
+    below: type
+    within: _InductorKind | None = None
+    ended: bool = False
 
     def __instancecheck__(cls, instance: Any) -> bool:
         return isinstance(instance, cls.plain)
+
+    @property
+    def is_over(cls) -> bool:
+        return cls.ended or (cls.within is not None and cls.within.is_over)
 
 
 def redirect_inductor(compile_graph: CompileDynamoGraph, config: Mapping[str, Any]) -> None:
@@ -589,6 +605,21 @@ def redirect_inductor(compile_graph: CompileDynamoGraph, config: Mapping[str, An
         compile_graph: called with each graph; two that are equal share Dynamo's compiled code.
         config: Inductor's configuration where the call of torch.compile itself says nothing else.
     """
+    below: Any = torch._TorchCompileInductorWrapper
+    kind = _put(compile_graph, config)
+    kind.within = below if isinstance(below, _InductorKind) else None
+
+
+def _put(compile_graph: CompileDynamoGraph, config: Mapping[str, Any]) -> _InductorKind:
+    """Put a stand-in where torch.compile finds it."""
+    kind = _redirected(compile_graph, config)
+    kind.below = torch._TorchCompileInductorWrapper
+    torch._TorchCompileInductorWrapper = kind  # type: ignore[misc, assignment]
+    return kind
+
+
+def _redirected(compile_graph: CompileDynamoGraph, config: Mapping[str, Any]) -> _InductorKind:
+    """A stand-in for Inductor's wrapper whose instances compile with `compile_graph`."""
     plain_wrapper: Any = _plain_wrapper()
 
     class Redirected(plain_wrapper, metaclass=_InductorKind):  # type: ignore[misc]
@@ -597,8 +628,12 @@ def redirect_inductor(compile_graph: CompileDynamoGraph, config: Mapping[str, An
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self.config = {**config, **self.config}
             self.compile_graph = compile_graph
+
+        def apply_mode(self, mode: str | None) -> None:
+            """Called first of all, so that what torch does about a configuration it does about ours, too."""
+            self.config.update(config)
+            super().apply_mode(mode)
 
         def __call__(
             self, gm: fx.GraphModule, inputs: Sequence[Tensor], *, config_patches: Mapping[str, Any] | None = None
@@ -610,7 +645,19 @@ def redirect_inductor(compile_graph: CompileDynamoGraph, config: Mapping[str, An
             theirs = getattr(other, "compile_graph", None)
             return bool(self.compile_graph == theirs and super().__eq__(other))
 
-    torch._TorchCompileInductorWrapper = Redirected  # type: ignore[misc]
+        def __reduce__(self) -> tuple[Any, ...]:
+            """Whoever loads it has no Redirected, and makes one."""
+            return _restore_redirected, (self.__dict__,)
+
+    return Redirected
+
+
+def _restore_redirected(attributes: dict[str, Any]) -> Any:
+    """The inverse of pickling a redirected wrapper."""
+    kind: Any = _redirected(attributes["compile_graph"], {})
+    wrapper = kind.__new__(kind)
+    wrapper.__dict__.update(attributes)
+    return wrapper
 
 
 def is_inductor_redirected() -> bool:
@@ -631,13 +678,20 @@ def _plain_wrapper() -> Any:
 
 @contextlib.contextmanager
 def inductor_redirected(compile_graph: CompileDynamoGraph, config: Mapping[str, Any]) -> Iterator[None]:
-    """redirect_inductor inside; afterwards everything is as it was before, an outer redirection included."""
-    before = torch._TorchCompileInductorWrapper
-    redirect_inductor(compile_graph, config)
+    """redirect_inductor inside; afterwards everything is as it was before, an outer redirection included.
+
+    One that began inside and is not over holds on: that of another thread, or of a generator.
+    """
+    kind = _put(compile_graph, config)
     try:
         yield
     finally:
-        torch._TorchCompileInductorWrapper = before  # type: ignore[misc]
+        kind.ended = True
+        found: Any = torch._TorchCompileInductorWrapper
+        found = found if isinstance(found, _InductorKind) else kind.below
+        while isinstance(found, _InductorKind) and found.is_over:
+            found = found.below
+        torch._TorchCompileInductorWrapper = found  # type: ignore[misc]
 
 
 # --- torch.distributed -------------------------------------------------------------------------------------------
@@ -662,6 +716,20 @@ def is_ddp_part(gm: fx.GraphModule) -> bool:
     """True if a Dynamo graph is one of several that DDPOptimizer split a graph into. Hides: compile_subgraph_reason."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     return reason is not None and reason.reason.startswith("DDPOptimizer")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that is sharded over ranks, which all ranks must ask for; any other tensor itself."""
+    if not torch.distributed.is_available():
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def is_script(module: nn.Module) -> bool:
+    """True for TorchScript's modules."""
+    return isinstance(module, torch.jit.ScriptModule)
 
 
 def is_fully_sharded(module: nn.Module) -> bool:

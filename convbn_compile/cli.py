@@ -11,13 +11,12 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from tabulate import tabulate
@@ -106,7 +105,7 @@ def explain(arguments: argparse.Namespace) -> int:
         described = {"inputs": [str(item) for item in inputs], "mode": arguments.mode}
         print(as_json(arguments, {**described, **report.to_dict()}))
     else:
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        width = os.get_terminal_size(sys.stdout.fileno()).columns if sys.stdout.isatty() else None
         print(explained(report, every=arguments.all, width=width))
     return DONE if report.folded or report.merged else NOTHING
 
@@ -114,7 +113,8 @@ def explain(arguments: argparse.Namespace) -> int:
 def _default_inputs(name: str, model: nn.Module) -> list[Input]:
     shapes = models.default_shapes(name, model)
     if not shapes:
-        raise UsageError(f"{name}: say what it is called with, such as --input 4,3,224,224")
+        example = "input_ids=2,16:int64" if getattr(model, "main_input_name", "") == "input_ids" else "4,3,224,224"
+        raise UsageError(f"{name}: say what it is called with, such as --input {example}")
     return [Input(shape, name=argument) for argument, shape in shapes.items()]
 
 
@@ -124,17 +124,17 @@ def _explain(model: nn.Module, inputs: Sequence[Input], mode: Mode) -> Report:
     with torch.set_grad_enabled(mode is not Mode.DEPLOY):
         try:
             return explain_mode(mode, model, args, kwargs)
-        except Exception as error:  # noqa: BLE001  whatever it is, the model itself may say it better
+        except (Exception, SystemExit) as error:  # noqa: BLE001  whatever it is, the model itself may say it better
             cause = _eager_failure(model, args, kwargs) or error
             given = " ".join(map(str, inputs))
             raise models.ModelError(f"it could not be run with {given}: {models.brief(cause)}") from cause
 
 
-def _eager_failure(model: nn.Module, args: Sequence[Tensor], kwargs: Mapping[str, Tensor]) -> Exception | None:
+def _eager_failure(model: nn.Module, args: Sequence[Tensor], kwargs: Mapping[str, Tensor]) -> BaseException | None:
     """What the model itself says of these inputs, which is shorter than what Dynamo says."""
     try:
         model(*args, **kwargs)
-    except Exception as error:  # noqa: BLE001  it is what we look for
+    except (Exception, SystemExit) as error:  # noqa: BLE001  it is what we look for
         return error
     return None
 
@@ -187,7 +187,18 @@ def _widths(rows: list[list[str]], headers: list[str], width: int | None) -> lis
 
 def diagnose_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of diagnose alone."""
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a histogram, such as scales.png or scales.svg")
+    parser.add_argument(
+        "--plot", type=_plot, metavar="FILE", help="write a histogram, such as scales.png or scales.svg"
+    )
+
+
+def _plot(name: str) -> Path:
+    file = Path(name)
+    if file.suffix.lower() not in diagnose.FORMATS:
+        raise argparse.ArgumentTypeError(f"{name!r} does not end in {', '.join(diagnose.FORMATS)}")
+    if not file.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{name!r}: there is no folder {file.parent}")
+    return file
 
 
 def run_diagnose(arguments: argparse.Namespace) -> int:
@@ -197,9 +208,11 @@ def run_diagnose(arguments: argparse.Namespace) -> int:
     with _stdout_for_results_only():
         model = _load(arguments)
         report = convbn_compile.scaling_coefficients(model)
-        if arguments.plot and report.norms:
+        if arguments.plot and report.all.sgd_rates:
             diagnose.plot(report, arguments.plot, title=arguments.model)
     print(as_json(arguments, report.to_dict()) if arguments.json else diagnose.text(report, every=arguments.all))
+    if arguments.plot and not report.all.sgd_rates:
+        print(f"{arguments.plot} was not written: no norm has a scale above 0.", file=sys.stderr)
     library, _ = models.split(arguments.model)
     if library and not arguments.pretrained and not arguments.checkpoint:
         print("These weights are random; see --pretrained and --checkpoint.", file=sys.stderr)
@@ -248,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: the arguments; those of the process if None.
+        argv: the arguments; those of the process if None, whose file descriptor 1 then becomes that of stderr.
 
     Returns:
         The exit code.
@@ -256,6 +269,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: after --help, with code 0, and on wrong usage, with code 2.
     """
+    if argv is None:
+        _keep_stdout_for_results()
     arguments = make_parser().parse_args(argv)
     parser: argparse.ArgumentParser = arguments.parser
     torch.manual_seed(0)
@@ -333,6 +348,25 @@ def as_json(arguments: argparse.Namespace, facts: Mapping[str, Any]) -> str:
     """What was found, and by which versions."""
     versions = {"convbn_compile": convbn_compile.__version__, "torch": torch.__version__}
     return json.dumps({"model": arguments.model, **versions, **facts}, indent=2)
+
+
+def _keep_stdout_for_results() -> None:
+    """From now on sys.stdout alone leads to stdout: what C code writes to file descriptor 1 goes to stderr.
+
+    Streams that were closed lead nowhere; characters that stdout's encoding lacks are written as escapes.
+    """
+    if sys.stderr is None:
+        sys.stderr = _nowhere()
+    if sys.stdout is None:
+        sys.stdout = _nowhere()
+        return
+    number = sys.stdout.fileno()
+    sys.stdout = os.fdopen(os.dup(number), "w", encoding=sys.stdout.encoding, errors="backslashreplace")
+    os.dup2(sys.stderr.fileno(), number)
+
+
+def _nowhere() -> TextIO:
+    return Path(os.devnull).open("w", encoding="utf-8")
 
 
 def _stdout_for_results_only() -> contextlib.AbstractContextManager[Any]:

@@ -14,6 +14,12 @@ from convbn_compile.scaling import LARGE, SMALL, NormScale, ScalingReport, scale
 UNEVEN = 10.0
 """From here on learning rates that differ by this factor are worth a word."""
 
+NEAR_ONE = 2.0
+"""Rates within this factor of 1 are as good as Eval's."""
+
+FORMATS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
+"""Of plots: suffixes of files, of those that matplotlib knows."""
+
 BINS = 80
 LINE_INCHES, MOST_LINES = 0.15, 160
 TINY = 1e-100
@@ -38,14 +44,20 @@ def text(report: ScalingReport, *, every: bool = False) -> str:
 
 def advice(least: float, most: float) -> str:
     """What the least and the most of SGD's rates mean for training in Deploy mode, in a line."""
-    if most <= UNEVEN * least:
+    rates = f"{least:.2g} to {most:.2g} times Eval's rate"
+    adams = f"Adam at {_root(least)} to {_root(most)} times"
+    if most > UNEVEN * least:
         return (
-            f"All channels have nearly the same scale: SGD in Deploy mode, on folded weights, would train them at "
-            f"{least:.2g} to {most:.2g} times Eval's rate. So it is with weights that were never trained."
+            f"SGD in Deploy mode, on folded weights, would train these channels at {rates}, {adams}. "
+            "Fine-tune in Tune mode: it has Eval's gradients."
         )
+    alike = "All channels have nearly the same scale: SGD in Deploy mode, on folded weights, would train them at"
+    if least >= 1 / NEAR_ONE and most <= NEAR_ONE:
+        return f"{alike} {rates}. So it is with weights that were never trained."
+    middle = math.sqrt(least * most)
     return (
-        f"SGD in Deploy mode, on folded weights, would train these channels at {least:.2g} to {most:.2g} times Eval's "
-        f"rate, Adam at {_root(least)} to {_root(most)} times. Fine-tune in Tune mode: it has Eval's gradients."
+        f"{alike} {rates}, {adams}. There, one learning rate divided by {middle:.2g}, with Adam by {_root(middle)}, "
+        "suits them all; Tune mode has Eval's gradients and takes Eval's rate."
     )
 
 

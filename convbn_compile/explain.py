@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from convbn_compile import _distributed, _torch
+from convbn_compile._wrapped import check_module, unwrapped
 from convbn_compile.lowering import lower
 from convbn_compile.options import Lowering, Mode, Options
 from convbn_compile.report import Report
@@ -33,7 +34,7 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Report:
         The report of all graphs of the model. `saved_bytes_before` is what plain Inductor saves.
 
     Raises:
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, or one of TorchScript.
 
     Examples:
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU()).eval()
@@ -44,17 +45,15 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Report:
         <BLANKLINE>
         folded 1 of 1 norms; saved for backward 0.00 MiB -> 0.00 MiB
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"explain needs a torch.nn.Module, got {model!r} ({type(model).__name__}).")
+    check_module(model, "explain")
     return explain_mode(Mode.TUNE, model, inputs, kwargs)
 
 
 def explain_mode(mode: Mode, model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Report:
     """`explain`, of one of the modes that fold; of Deploy only where no gradients are computed."""
     outer = getattr(model, "_orig_mod", model)
-    model = _torch.inside_ddp(outer)
-    model = getattr(model, "_orig_mod", model)
-    _distributed.warn_of_sharded_containers(model, "explain")
+    model = unwrapped(outer)
+    _distributed.warn_of_sharded_containers(model, "explain", stacklevel=4)
     reports: list[Report] = []
     options = Options(mode=mode, lowering=Lowering.AOT_EAGER)
 
@@ -66,7 +65,7 @@ def explain_mode(mode: Mode, model: nn.Module, inputs: Sequence[Any], kwargs: Ma
 
     with _unchanged(model, (inputs, kwargs)), _torch.leaving_no_trace(), _torch.ddp_forward(outer):
         _torch.compile_apart(call, backend)(*inputs, **kwargs)
-    return Report.sum([*reports, Report(refused=_distributed.synchronised(model))])
+    return Report.sum([*reports, Report(refused=_distributed.in_no_graph(model))])
 
 
 @contextlib.contextmanager

@@ -7,17 +7,23 @@ import importlib
 import importlib.util
 import inspect
 import operator
+import pickle
+import reprlib
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from convbn_compile._extras import require
 
 FORMS = "timm:NAME, torchvision:NAME, transformers:CLASS_OR_CONFIG, or path.py:callable"
+
+
+WRAPPERS = ("module.", "_orig_mod.")
+"""What DistributedDataParallel and torch.compile put before the keys of a state_dict."""
 
 
 class ModelError(RuntimeError):
@@ -42,9 +48,11 @@ def load_model(name: str, *, pretrained: bool = False, checkpoint: Path | None =
     library, rest = split(name)
     try:
         model = LIBRARIES[library](rest, pretrained=pretrained) if library else _from_file(rest, pretrained=pretrained)
-    except (ModelError, ModuleNotFoundError):
+    except ModelError:
         raise
     except (Exception, SystemExit) as error:
+        if library and isinstance(error, ModuleNotFoundError):
+            raise
         what = "its weights could not be loaded" if pretrained else "it could not be made"
         raise ModelError(f"{name}: {what}: {brief(error)}") from error
     if not isinstance(model, nn.Module):
@@ -102,20 +110,45 @@ def declare_torchvision_operators() -> None:
 def load_checkpoint(model: nn.Module, file: Path) -> None:
     """Load a state_dict that torch.save or safetensors wrote; also one inside {"state_dict": ...} or {"model": ...}.
 
+    It may be that of the model inside DistributedDataParallel, torch.compile, or both.
+
     Raises:
-        ModelError: the file cannot be read, or its state_dict is another model's.
+        ModelError: the file cannot be read, holds no state_dict, or that of another model.
     """
     try:
         state = _read(file)
         for key in ("state_dict", "model"):
-            state = state[key] if isinstance(state.get(key), Mapping) else state
-        state = dict(state)
-        nn.modules.utils.consume_prefix_in_state_dict_if_present(state, "module.")  # as DDP writes it
-        model.load_state_dict(state)
-    except ModuleNotFoundError:
+            state = state[key] if isinstance(state, Mapping) and isinstance(state.get(key), Mapping) else state
+        if not _is_state_dict(state):
+            raise ModelError(f"{file}: is no state_dict, but {reprlib.repr(state)} ({type(state).__name__}).")
+        model.load_state_dict(_without_wrappers(state, set(model.state_dict())))
+    except (ModelError, ModuleNotFoundError):
         raise
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"{file}: is no state_dict: it cannot be read, or holds more than tensors, which could run code when "
+            "loaded. Write the weights alone: torch.save(model.state_dict(), file)."
+        ) from error
     except Exception as error:
         raise ModelError(f"{file}: its weights could not be loaded: {brief(error)}") from error
+
+
+def _is_state_dict(state: Any) -> bool:
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        return False
+    return not state or any(isinstance(value, Tensor) for value in state.values())
+
+
+def _without_wrappers(state: Mapping[str, Any], wanted: Collection[str]) -> dict[str, Any]:
+    """The state_dict without the prefixes that wrappers wrote, as many as suit the keys of the model."""
+    found = [dict(state)]
+    while any(key.startswith(WRAPPERS) for key in found[-1]):
+        found.append({_without_wrapper(key): value for key, value in found[-1].items()})
+    return max(found, key=lambda candidate: len(candidate.keys() & wanted))
+
+
+def _without_wrapper(key: str) -> str:
+    return key.partition(".")[2] if key.startswith(WRAPPERS) else key
 
 
 def _read(file: Path) -> Any:
@@ -161,9 +194,15 @@ def _transformers(name: str, *, pretrained: bool) -> Any:
         return _from_hub(transformers, name, pretrained=pretrained)
     if pretrained:
         raise ModelError(f"transformers:{name}: a class has no weights: name a repository or a folder that has them.")
-    if issubclass(found, transformers.PreTrainedConfig):
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedConfig):
         return transformers.AutoModel.from_config(found())
-    return found(found.config_class())
+    config = getattr(found, "config_class", None)
+    if config is None:
+        raise ModelError(
+            f"transformers:{name}: a class with a configuration of its own is needed, such as ResNetModel or "
+            "ResNetConfig; or a folder or repository with a config.json."
+        )
+    return found(config())
 
 
 def _from_hub(transformers: Any, name: str, *, pretrained: bool) -> Any:

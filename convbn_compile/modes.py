@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from convbn_compile import _distributed, _torch
+from convbn_compile._wrapped import check_module
 from convbn_compile.options import Mode, Options
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -33,7 +34,7 @@ def turn_on(model: Model, mode: str = "tune", *, skip: Collection[str] = (), **o
     Raises:
         ValueError: an unknown mode or option; no batch norm in the model, or one without running statistics; the model
             is already on.
-        TypeError: `model` is not a module, or is one that torch.compile returned.
+        TypeError: `model` is not a module, or is one of TorchScript or that torch.compile returned.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
@@ -45,9 +46,11 @@ def turn_on(model: Model, mode: str = "tune", *, skip: Collection[str] = (), **o
     inner = _check_model(model, "turn_on")
     parsed = Options.parse(options={**options, "mode": mode})
     if _torch.is_compiled_in_place(model) or _torch.is_compiled_in_place(inner):
+        if _HELD in inner.__dict__:
+            raise ValueError("turn_on: the model is already compiled, by turn_on. Call turn_off(model) first.")
         raise ValueError(
-            "turn_on: the model is already compiled, by turn_on or by nn.Module.compile(). "
-            "Call convbn_compile.turn_off(model) first."
+            "turn_on: the model is already compiled, by nn.Module.compile(). Call turn_on instead of it; "
+            "copy.deepcopy(model) is a copy that is not compiled."
         )
     norms = _norms_to_freeze(inner, skip, "turn_on")
     _distributed.warn_of_sharded_containers(inner, "turn_on")
@@ -210,11 +213,11 @@ def _norms_to_freeze(model: nn.Module, skip: Collection[str], caller: str) -> li
 
 def _check_model(model: Any, caller: str) -> nn.Module:
     """The module that is meant: the one inside DistributedDataParallel."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller} needs a torch.nn.Module, got {model!r} ({type(model).__name__}).")
+    check_module(model, caller)
     inner = _torch.inside_ddp(model)
-    if hasattr(model, "_orig_mod") or hasattr(inner, "_orig_mod"):
-        raise TypeError(f"{caller} needs the module itself, not what torch.compile returned: pass model._orig_mod.")
+    if hasattr(inner, "_orig_mod"):
+        path = "model._orig_mod" if inner is model else "model.module._orig_mod"
+        raise TypeError(f"{caller} needs the module itself, not what torch.compile returned: pass {path}.")
     return inner
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from convbn_compile import _torch
+from convbn_compile._wrapped import check_module, unwrapped
 from convbn_compile.report import Refusal
 
 SMALL, LARGE = 0.1, 10.0
@@ -167,13 +168,14 @@ def scaling_coefficients(model: nn.Module) -> ScalingReport:
     parameters gamma is 1.
 
     Args:
-        model: the module.
+        model: the module; paths are those in the module inside DistributedDataParallel or torch.compile. What
+            fully_shard was applied to is gathered, norm by norm: call this on all ranks.
 
     Returns:
         The scales of each norm: small ones, and ones far apart, make training in Deploy mode unstable.
 
     Raises:
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, or one of TorchScript.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=0))
@@ -185,11 +187,9 @@ def scaling_coefficients(model: nn.Module) -> ScalingReport:
         <BLANKLINE>
         1 norms, 4 channels; scale 0.5 to 0.5, median 0.5; 0.0% below 0.1, 0.0% above 10
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"scaling_coefficients needs a torch.nn.Module, got {model!r} ({type(model).__name__}).")
-    model = getattr(model, "_orig_mod", model)
+    check_module(model, "scaling_coefficients")
     norms, without = [], []
-    for name, module in model.named_modules():
+    for name, module in unwrapped(model).named_modules():
         if not _is_norm(module):
             continue
         reason = _no_scale(module)
@@ -217,8 +217,12 @@ def _no_scale(module: nn.Module) -> str | None:
         return "it has no running statistics (track_running_stats=False), so its scale is another one for each batch"
     if is_lazy(var):
         return "it is not initialised yet: call the model once"
-    if var.is_meta:
+    if any(tensor.is_meta for tensor in _var_and_weight(module) if tensor is not None):
         return "its values are not loaded (meta device)"
+    if not var.numel():
+        return "it has no channels"
+    if not isinstance(getattr(module, "eps", DEFAULT_EPS), (int, float)):
+        return f"its eps is {module.eps!r}, not a number"
     if not _scale(module).isfinite().all():
         return "its weight or running_var holds values that give no finite scale"
     return None
@@ -226,7 +230,9 @@ def _no_scale(module: nn.Module) -> str | None:
 
 def _scale(module: nn.Module) -> Tensor:
     """|gamma| / sqrt(var + eps), float64, [C]."""
-    var, weight = (tensor if tensor is None else tensor.detach().cpu().double() for tensor in _var_and_weight(module))
+    var, weight = (
+        tensor if tensor is None else _torch.whole(tensor.detach()).cpu().double() for tensor in _var_and_weight(module)
+    )
     assert var is not None, "checked by the caller"
     scale = (var + getattr(module, "eps", DEFAULT_EPS)).rsqrt()
     return scale if weight is None else (weight * scale).abs()

@@ -16,7 +16,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
 from _digits import arguments, digits, needs, print_what_is_folded
 
 import convbn_compile
@@ -45,6 +44,7 @@ def freeze(trainer: Any) -> None:
 
 def main() -> None:
     args = arguments(__doc__)
+    import yaml
     from ultralytics import YOLO
 
     print_what_is_folded()

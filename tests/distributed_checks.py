@@ -168,8 +168,12 @@ def turn_on_of_ddp_turns_on_inside():
     cb.turn_off(model)
     assert model.train().module.a.bn.training
     assert not cb.freeze_batch_norm(model, skip=["a.bn"]).train().module.b.bn.training
-    with pytest.raises(TypeError, match="not what torch.compile returned"):
+    with pytest.raises(TypeError, match=r"not what torch.compile returned: pass model\.module\._orig_mod\."):
         on(ddp(torch.compile(net())))
+    compiled_by_the_user = ddp(net())
+    compiled_by_the_user.compile(backend="eager")
+    with pytest.raises(ValueError, match=r"by nn\.Module\.compile\(\)"):
+        on(compiled_by_the_user)
 
 
 @check
@@ -406,7 +410,17 @@ def fsdp_of_a_container_of_torch_nn():
         assert_as_one_process(model, wanted)
     assert counts.graphs == 0
     with warned("explain: fully_shard was applied to modules of torch.nn itself: the model itself."):
-        assert cb.explain(model, batch()[1]).folded == 0
+        report = cb.explain(model, batch()[1])
+    assert (report.folded, [item.module for item in report.refused]) == (0, ["1"])
+    assert report.refused[0].reason.startswith("torch.compile does not compile it: fully_shard was applied")
+
+
+@check
+def scaling_coefficients_of_sharded_and_wrapped_models():
+    wanted = cb.scaling_coefficients(net())
+    assert len(wanted.norms) == 4
+    for wrap in (lambda model: sharded(model, *BLOCKS), ddp, torch.compile, lambda model: ddp(torch.compile(model))):
+        assert cb.scaling_coefficients(wrap(net())) == wanted
 
 
 @check
@@ -645,7 +659,9 @@ def warned(message: str) -> Iterator[None]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
-    assert any(str(item.message).startswith(message) for item in caught), [str(item.message) for item in caught]
+    ours = [item for item in caught if str(item.message).startswith(message)]
+    assert ours, [str(item.message) for item in caught]
+    assert {item.filename for item in ours} == {__file__}, "it points at somebody else's line"
 
 
 def run(function: Callable[[], None]) -> str | None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from urllib.error import URLError
 
@@ -18,6 +19,8 @@ from convbn_compile._extras import require
 ROOT = Path(__file__).parents[1]
 
 FILE = """
+import atexit, os
+
 import torch
 from torch import nn
 from sibling import WIDTH
@@ -45,6 +48,21 @@ def broken():
 
 def pending():
     import is_not_there
+
+def chatty():
+    os.write(1, b"past sys.stdout")
+    atexit.register(os.write, 1, b"at exit")
+    return nn.ModuleDict({"\u00e9": Net()})
+
+def child():
+    return nn.ModuleDict({"module": nn.Conv2d(4, 4, 1)})
+
+class Stops(nn.Module):
+    def forward(self, x):
+        raise SystemExit("no more")
+
+class Text(Stops):
+    main_input_name = "input_ids"
 
 ready = Net().requires_grad_(False)
 """
@@ -110,13 +128,16 @@ def test_code_1_if_there_is_nothing(file, capsys):
         (["explain", "timm:resnet18", "--input", "4x3"], "'4x3' is not of the form"),
         (["explain", "timm:resnet18", "--input", "4,3:int63"], "'int63' is no dtype of torch"),
         (["explain", "FILE:Net"], "say what it is called with, such as --input 4,3,224,224"),
+        (["explain", "FILE:Text"], "say what it is called with, such as --input input_ids=2,16:int64"),
+        (["diagnose", "FILE:Net", "--plot", "scales"], "'scales' does not end in .png, .svg, .pdf"),
+        (["diagnose", "FILE:Net", "--plot", "no/such/scales.png"], "'no/such/scales.png': there is no folder no/such"),
         (["explain", "timm:resnet18", "--mode", "train"], "invalid choice: 'train'"),
         ([], "required: COMMAND"),
     ],
 )
 def test_code_2_for_wrong_usage(file, arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
-        cli.main([argument.replace("FILE:Net", file("Net")) for argument in arguments])
+        cli.main([file(argument[5:]) if argument.startswith("FILE:") else argument for argument in arguments])
     assert stopped.value.code == 2
     out, err = capsys.readouterr()
     assert message in err
@@ -129,10 +150,13 @@ def test_code_2_for_wrong_usage(file, arguments, message, capsys):
         ("timm:resnt18", "timm has no model 'resnt18'. Did you mean 'resnet18'?"),
         ("torchvision:resnet81", "torchvision has no model 'resnet81'. Did you mean 'resnet18'?"),
         ("transformers:ResNetModle", "transformers has no model 'ResNetModle'. Did you mean 'ResNetModel'?"),
+        ("transformers:AutoModel", "a class with a configuration of its own is needed"),
+        ("transformers:PreTrainedModel", "a class with a configuration of its own is needed"),
+        ("transformers:pipeline", "a class with a configuration of its own is needed"),
         ("no/such/nets.py:Net", "there is no file no/such/nets.py"),
         ("broken", "it could not be made: RuntimeError: no such luck"),
         ("missing", "AttributeError: module '_model_of_nets' has no attribute 'missing'"),
-        ("pending", "No module named 'is_not_there'"),
+        ("pending", "nets.py:pending: it could not be made: ModuleNotFoundError: No module named 'is_not_there'"),
         ("WIDTH", "'int' object is not callable"),
         ("block", "missing 1 required positional argument: 'width'"),
         ("torch.get_default_dtype", "a torch.nn.Module is needed, got torch.float32 (dtype)"),
@@ -154,6 +178,8 @@ def test_code_3_if_it_cannot_be_run_says_what_the_model_says(file, capsys):
     assert "Traceback" not in err
     assert cli.main(["explain", file("Net"), "--input", "2,3,8,8", "--traceback"]) == 3
     assert "Traceback" in capsys.readouterr().err
+    assert cli.main(["explain", file("Stops"), "--input", "2"]) == 3
+    assert capsys.readouterr().err.endswith("convbn-compile: it could not be run with 2: SystemExit: no more\n")
 
 
 def test_weights_that_cannot_be_downloaded(monkeypatch, capsys):
@@ -211,11 +237,31 @@ def test_a_module_and_a_frozen_one_are_taken_as_they_are(file):
 
 
 @pytest.mark.parametrize("wrapped", [lambda state: state, lambda state: {"state_dict": state, "epoch": 3}])
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 def test_checkpoint_of_torch(file, wrapped, prefix, tmp_path):
     state = {prefix + key: torch.rand_like(value.double()) for key, value in _state(file).items()}
     torch.save(wrapped(state), tmp_path / "weights.pt")
     _check_loaded(file, tmp_path / "weights.pt", {key.removeprefix(prefix): value for key, value in state.items()})
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_checkpoint_of_a_model_with_a_child_called_module(file, prefix, tmp_path):
+    state = models.load_model(file("child")).state_dict()
+    torch.save({prefix + key: value for key, value in state.items()}, tmp_path / "weights.pt")
+    loaded = models.load_model(file("child"), checkpoint=tmp_path / "weights.pt")
+    assert torch.equal(loaded["module"].weight, state["module.weight"])
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [[1, 2], nn.ReLU(), {"model": {}, "args": Namespace(lr=1)}, {"epoch": 3}, {3: torch.zeros(1)}, torch.zeros(1)],
+    ids=lambda saved: type(saved).__name__,
+)
+def test_a_file_without_a_state_dict(file, saved, tmp_path, capsys):
+    torch.save(saved, tmp_path / "weights.pt")
+    assert cli.main(["diagnose", file("Net"), "--checkpoint", str(tmp_path / "weights.pt")]) == 3
+    [message] = [line for line in capsys.readouterr().err.splitlines() if line != "made"]
+    assert f"{tmp_path / 'weights.pt'}: is no state_dict" in message
 
 
 def test_checkpoint_of_safetensors_and_of_another_model(file, tmp_path, capsys):
@@ -272,7 +318,7 @@ def test_help_has_examples_that_parse(capsys):
 def test_the_command_is_installed_and_is_a_module_that_imports_no_library(file):
     assert 'convbn-compile = "convbn_compile.cli:main"' in (ROOT / "pyproject.toml").read_text()
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "convbn_compile", "diagnose", file("Net"), "--json"],
+        [sys.executable, "-X", "importtime", "-m", "convbn_compile", "diagnose", file("chatty"), "--json"],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -280,9 +326,29 @@ def test_the_command_is_installed_and_is_a_module_that_imports_no_library(file):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["all"]["channels"] == 16
+    assert "past sys.stdout" in done.stderr
+    assert "at exit" in done.stderr
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert "convbn_compile" in imported
     assert not imported & {"timm", "torchvision", "transformers", "matplotlib", "safetensors"}
+
+
+def test_the_command_with_stderr_closed_and_stdout_in_ascii(file):
+    script = Path(sys.executable).with_name("convbn-compile")
+    command = [script] if script.exists() else [sys.executable, "-m", "convbn_compile"]
+    done = subprocess.run(
+        [*command, "diagnose", file("chatty"), "--all"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"},
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: os.close(2),
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert lines[0].split()[0] == "norm"
+    assert lines[2].split()[0] == "\\xe9.0.1"
+    assert lines[-1].startswith("All channels have nearly the same scale")
 
 
 def test_operators_are_declared_only_where_torchvision_is_there_and_wants_them(monkeypatch):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from matplotlib.backend_bases import FigureCanvasBase
 from support import magnitude, randomise
 from test_backend import double
 from torch import nn
@@ -71,8 +72,11 @@ def test_norms_without_a_scale_are_listed_with_the_reason():
     batch, broken = nn.BatchNorm2d(4, track_running_stats=False), randomise(nn.BatchNorm2d(4))
     broken.running_var[2] = -1
     with torch.device("meta"):
-        meta = nn.BatchNorm2d(4)
-    model = nn.Sequential(batch, nn.LazyBatchNorm2d(), meta, broken, nn.InstanceNorm2d(4), nn.Conv2d(4, 4, 1))
+        meta, half = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+    half.running_var = torch.ones(4)
+    empty, unset = nn.BatchNorm2d(0), nn.BatchNorm2d(4, eps=None)
+    others = nn.InstanceNorm2d(4), nn.Conv2d(4, 4, 1)
+    model = nn.Sequential(batch, nn.LazyBatchNorm2d(), meta, broken, half, empty, unset, *others)
     report = cb.scaling_coefficients(model)
     assert not report.norms
     assert [(item.module, item.reason.split(":")[0]) for item in report.without] == [
@@ -80,8 +84,11 @@ def test_norms_without_a_scale_are_listed_with_the_reason():
         ("1", "it is not initialised yet"),
         ("2", "its values are not loaded (meta device)"),
         ("3", "its weight or running_var holds values that give no finite scale"),
+        ("4", "its values are not loaded (meta device)"),
+        ("5", "it has no channels"),
+        ("6", "its eps is None, not a number"),
     ]
-    assert report.summary().startswith("0 norms with running statistics; 1 left out: it has no running statistics")
+    assert report.summary().startswith("0 norms with running statistics; 2 left out: its values are not loaded")
     assert report.to_dict()["all"] is None
 
 
@@ -157,7 +164,16 @@ def test_what_follows():
         "SGD in Deploy mode, on folded weights, would train these channels at 0.01 to 1e+02 times Eval's rate, Adam at "
         "0.1 to 10 times. Fine-tune in Tune mode: it has Eval's gradients."
     )
-    assert "nearly the same scale" in diagnose.text(cb.scaling_coefficients(nn.BatchNorm2d(4)))
+    never = diagnose.text(cb.scaling_coefficients(nn.BatchNorm2d(4)))
+    assert never.endswith(
+        "would train them at 1 to 1 times Eval's rate. So it is with weights that were never trained."
+    )
+    for scale, rate, adam in ((0.3, "11", "3.3"), (3.0, "0.11", "0.33")):
+        assert diagnose.text(cb.scaling_coefficients(scaled(scale, scale))).splitlines()[-1] == (
+            "All channels have nearly the same scale: SGD in Deploy mode, on folded weights, would train them at "
+            f"{rate} to {rate} times Eval's rate, Adam at {adam} to {adam} times. There, one learning rate divided by "
+            f"{rate}, with Adam by {adam}, suits them all; Tune mode has Eval's gradients and takes Eval's rate."
+        )
     assert diagnose.text(ScalingReport()) == "0 norms with running statistics"
     assert diagnose.text(cb.scaling_coefficients(scaled(0, 0))).splitlines()[-1].endswith("2 of scale 0")
 
@@ -205,8 +221,16 @@ def test_many_norms_share_lines_in_the_plot(tmp_path):
 def test_plots_that_cannot_be(model, tmp_path, capsys, monkeypatch):
     with pytest.raises(ValueError, match="nothing to plot"):
         diagnose.plot(cb.scaling_coefficients(scaled(0, 0)), tmp_path / "scales.png")
-    assert cli.main(["diagnose", model, "--plot", str(tmp_path / "scales.docx")]) == 3
-    assert "Format 'docx' is not supported" in capsys.readouterr().err
+    assert set(diagnose.FORMATS) <= {f".{name}" for name in FigureCanvasBase.filetypes}
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\ndef off():\n"
+        "    norm = nn.BatchNorm2d(3)\n    nn.init.zeros_(norm.weight)\n    return norm\n"
+    )
+    for callable_, first in (("off", "norm"), ("nn.ReLU", "0 norms with running statistics")):
+        cli.main(["diagnose", f"{tmp_path / 'net.py'}:{callable_}", "--plot", str(tmp_path / "scales.png")])
+        out, err = capsys.readouterr()
+        assert out.startswith(first)
+        assert err == f"{tmp_path / 'scales.png'} was not written: no norm has a scale above 0.\n"
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert cli.main(["diagnose", model, "--plot", str(tmp_path / "scales.png")]) == 3
     out, err = capsys.readouterr()

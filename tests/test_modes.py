@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import re
+import warnings
 
 import pytest
 import torch
@@ -131,11 +132,23 @@ def compiled_by_the_user():
     return model
 
 
+def traced():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.trace(net(), torch.zeros(1, 3, 8, 8).double())
+
+
+TORCH_SCRIPT = "does not support TorchScript modules, got a TopLevelTracedModule: pass the module that torch.jit.script"
 NOT_A_MODULE = "needs a torch.nn.Module, got"
 MESSAGES = [
     (lambda: cb.turn_on(nn.Conv2d(3, 4, 3)), ValueError, "turn_on: Conv2d has no nn.BatchNorm1d/2d/3d"),
     (lambda: cb.freeze_batch_norm(nn.ReLU()), ValueError, "freeze_batch_norm: ReLU has no nn.BatchNorm1d/2d/3d"),
-    (lambda: cb.turn_on(cb.turn_on(net())), ValueError, "already compiled, by turn_on or by nn.Module.compile()"),
+    (lambda: cb.turn_on(cb.turn_on(net())), ValueError, "already compiled, by turn_on. Call turn_off(model) first."),
+    (
+        lambda: cb.turn_on(compiled_by_the_user()),
+        ValueError,
+        "by nn.Module.compile(). Call turn_on instead of it; copy.",
+    ),
     (lambda: cb.turn_off(net()), ValueError, "not on. Call convbn_compile.turn_on(model) first."),
     (lambda: cb.unfreeze_batch_norm(net()), ValueError, "unfreeze_batch_norm: freeze_batch_norm froze no batch norm"),
     (lambda: cb.unfreeze_batch_norm(cb.turn_on(net())), ValueError, "convbn_compile.turn_off(model) unfreezes."),
@@ -157,6 +170,11 @@ MESSAGES = [
     (lambda: cb.freeze_batch_norm(None), TypeError, f"freeze_batch_norm {NOT_A_MODULE} None (NoneType)."),
     (lambda: cb.explain(None), TypeError, f"explain {NOT_A_MODULE} None (NoneType)."),
     (lambda: cb.turn_on(torch.compile(net())), TypeError, "pass model._orig_mod."),
+    (lambda: cb.turn_on(traced()), TypeError, f"turn_on {TORCH_SCRIPT}"),
+    (lambda: cb.freeze_batch_norm(traced()), TypeError, f"freeze_batch_norm {TORCH_SCRIPT}"),
+    (lambda: cb.explain(traced(), torch.zeros(1)), TypeError, f"explain {TORCH_SCRIPT}"),
+    (lambda: cb.scaling_coefficients(traced()), TypeError, f"scaling_coefficients {TORCH_SCRIPT}"),
+    (lambda: cb.explain(torch.compile(traced()), torch.zeros(1)), TypeError, f"explain {TORCH_SCRIPT}"),
 ]
 
 
@@ -164,6 +182,10 @@ MESSAGES = [
 def test_messages(call, kind, message):
     with pytest.raises(kind, match=re.escape(message)):
         call()
+
+
+def test_the_copy_that_the_message_advises_can_be_turned_on():
+    assert _torch.is_compiled_in_place(cb.turn_on(copy.deepcopy(compiled_by_the_user())))
 
 
 def test_a_refused_turn_on_changes_nothing():

@@ -1,6 +1,9 @@
 """patch_inductor: plain Inductor tunes where it is patched, is its own where it is not, and nothing is left behind."""
 
 import copy
+import io
+import os
+import pickle
 import re
 from unittest.mock import Mock
 
@@ -142,6 +145,23 @@ def test_plain_and_tuned_code_of_one_model_are_kept_apart(inductor):
     assert inductor.call_count == 1
 
 
+def test_what_was_compiled_can_be_saved_and_runs_where_nothing_is_patched():
+    model, x, file = net(), images(), io.BytesIO()
+    with cb.inductor_patched(**AOT, memory_budget=0.5):
+        torch.save(torch.compile(model), file)
+        tuned = wrapper()
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert folded(loaded, x) == 1
+    again = pickle.loads(pickle.dumps(tuned))
+    assert again == tuned
+    assert again != wrapper()
+
+
+def wrapper():
+    return torch._TorchCompileInductorWrapper("default", None, None)
+
+
 def test_plain_wrappers_are_equal_while_patched():
     plain = [torch._TorchCompileInductorWrapper("default", None, None) for _ in range(2)]
     with cb.inductor_patched():
@@ -164,6 +184,35 @@ def test_nested():
         ("eval", 1.0),
         ("tune", 0.5),
     ]
+
+
+def test_contexts_that_overlap_without_nesting():
+    first, second = cb.inductor_patched(memory_budget=0.5), cb.inductor_patched(memory_budget=0.25)
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    assert options_of_a_compile().memory_budget == 0.25
+    second.__exit__(None, None, None)
+    assert not _torch.is_inductor_redirected()
+
+
+def test_a_patch_inside_a_context_ends_with_it():
+    with cb.inductor_patched(memory_budget=0.5):
+        with cb.inductor_patched():
+            cb.patch_inductor(memory_budget=0.25)
+            cb.patch_inductor(memory_budget=0.125)
+            assert options_of_a_compile().memory_budget == 0.125
+        assert options_of_a_compile().memory_budget == 0.5
+    assert not _torch.is_inductor_redirected()
+
+
+def test_torch_sees_the_presets_of_the_patch(monkeypatch):
+    """With CUDA graphs it turns something off in the profiler of old CUDA."""
+    monkeypatch.setattr("torch.version.cuda", "12.0")
+    for name in ("DISABLE_CUPTI_LAZY_REINIT", "TEARDOWN_CUPTI"):
+        monkeypatch.setenv(name, "unset")
+    with cb.inductor_patched(mode="reduce-overhead"):
+        wrapper()
+    assert (os.environ["DISABLE_CUPTI_LAZY_REINIT"], os.environ["TEARDOWN_CUPTI"]) == ("1", "0")
 
 
 def test_patched_twice_the_last_options_hold_and_one_undo_undoes_all():
