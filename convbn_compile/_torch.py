@@ -362,7 +362,7 @@ def keep_output_strides(graph: fx.Graph) -> None:
         mutates = isinstance(node.target, OpOverload) and node.target._schema.is_mutable
         if node.op == "call_function" and not mutates and isinstance(traced, Tensor):
             with graph.inserting_before(output):
-                strides = tuple(graph.materialize_symints(traced.stride()))
+                strides = tuple(getattr(graph, "materialize_symints", tuple)(traced.stride()))  # not in torch 2.11
                 forced = graph.call_function(torch.ops.prims.inductor_force_stride_order.default, (node, strides))
             forced.meta = dict(node.meta)
             output.replace_input_with(node, forced)

@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from convbn_compile import _torch
 from convbn_compile._constants import Split, keep_in_channels_last, split
+from convbn_compile._wrapped import check_module
 
 _DEPLOYED: weakref.WeakSet[Deployed] = weakref.WeakSet()
 """Every graph that keeps something."""
@@ -38,7 +39,7 @@ def refresh(model: nn.Module) -> int:
         How many graphs will be folded again; 0 before the first call of a deployed model.
 
     Raises:
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, or one of TorchScript.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval().requires_grad_(False)
@@ -50,8 +51,7 @@ def refresh(model: nn.Module) -> int:
         >>> torch.equal(before, deployed(torch.ones(1, 3, 8, 8)))
         False
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"refresh needs a torch.nn.Module, got {model!r} ({type(model).__name__}).")
+    check_module(model, "refresh")
     kept = kept_of(model)
     for graph, key, _ in kept:
         graph.forget(key)

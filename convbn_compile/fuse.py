@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from convbn_compile import _torch, joint_pass
 from convbn_compile._aten import LinearOperator, LinearParams, MatmulParams, linear_operators
 from convbn_compile._constants import ancestors, constant_nodes, worth_keeping
+from convbn_compile._wrapped import check_module, unwrapped
 from convbn_compile.report import Report
 
 
@@ -50,7 +51,7 @@ def fuse(
         The fused module; its `report` has a line for every norm.
 
     Raises:
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, or one of TorchScript.
         ValueError: it is in training mode, or a part of it; it writes to a buffer, or torch.export cannot capture it.
 
     Examples:
@@ -69,8 +70,7 @@ def fuse(
 
 
 def _check(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"fuse needs a torch.nn.Module, got {model!r} ({type(model).__name__}).")
+    check_module(model, "fuse")
     training = [name or "the model itself" for name, module in model.named_modules() if module.training]
     if training:
         raise ValueError(
@@ -87,7 +87,7 @@ _PAIRED = {"linear", "t", "transpose", "batch_norm", "_convolution_mode"} | {
 
 def _captured(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> GraphModule:
     """The graph of a model, in functional form, with its parameters and buffers as attributes."""
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     rules: Any = torch.export.default_decompositions()
     table = {op: rule for op, rule in rules.items() if op.namespace == "aten" and op._opname in _PAIRED}
     try:
