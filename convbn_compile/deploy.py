@@ -253,8 +253,8 @@ def _places(key: Key, on_end: Callable[[weakref.ref[Any]], None]) -> list[Place]
     index = {number: at for at, number in enumerate(key)}
     places: list[Place] = []
     for module in [item for item in gc.get_objects() if issubclass(type(item), nn.Module)]:
-        tensors = vars(module).get("_parameters", {}) | vars(module).get("_buffers", {})
-        found = [(name, index[id(tensor)]) for name, tensor in tensors.items() if id(tensor) in index]
+        tensors = [item for kind in ("_parameters", "_buffers") for item in vars(module).get(kind, {}).items()]
+        found = [(name, index[id(tensor)]) for name, tensor in tensors if id(tensor) in index]
         if found:
             reference = weakref.ref(module, on_end)
             places += [Place(reference, name, at) for name, at in found]

@@ -296,6 +296,18 @@ def test_addresses_stay():
     assert [tensor.data_ptr() for tensor in kept(model)] == addresses
 
 
+def test_beside_modules_of_other_kinds():
+    """Every module of the process is looked at for who has the weights."""
+    others = [
+        torch.jit.trace(nn.Conv2d(3, 4, 3), torch.randn(1, 3, 8, 8)),
+        nn.Module.__new__(nn.Module),
+        nn.LazyLinear(3),
+    ]
+    model = net()
+    assert difference(compiled(model, mode="deploy")(X), model(X)) <= 1e-12
+    assert others
+
+
 def test_models_that_share_a_graph_are_folded_once_each(monkeypatch):
     """Dynamo runs the second with the code of the first: its guards do not tell them apart."""
     models = [net() for _ in range(3)]
