@@ -38,13 +38,14 @@ def lower(
     failures: list[Exception] = []
     if _torch.is_ddp_part(gm):
         on_report = _naming_ddp(on_report)
-    run = _joint_pass(options, on_report, failures.append, measure=measure, keeps=_keeps(gm, inputs, options))
+    keeps = options.mode is Mode.DEPLOY and _torch.counts_versions(gm, inputs)
+    run = _joint_pass(options, on_report, failures.append, measure=measure, keeps=keeps)
     try:
-        return _lower(gm, inputs, options, run)
+        return _lower(gm, inputs, options, run, keeps=keeps)
     except Exception:
         if not failures:
             raise
-        return _lower(gm, inputs, options, None)
+        return _lower(gm, inputs, options, None, keeps=keeps)
 
 
 SPLIT_BY_DDP = "DistributedDataParallel splits the graph at the boundaries of its gradient buckets"
@@ -62,22 +63,18 @@ def _naming_ddp(on_report: OnReport) -> OnReport:
 
 
 def _lower(
-    gm: fx.GraphModule, inputs: Sequence[Tensor], options: Options, joint_pass: _torch.GraphPass | None
+    gm: fx.GraphModule, inputs: Sequence[Tensor], options: Options, joint_pass: _torch.GraphPass | None, *, keeps: bool
 ) -> _torch.CompiledFunction:
+    """Compile it; if it `keeps`, what is made of parameters and buffers alone is kept between calls."""
     common: dict[str, Any] = {"config": options.inductor, "memory_budget": options.memory_budget}
     if options.mode is Mode.DEPLOY:
         common["config"] = {**options.inductor, "freezing": False}  # it would not follow the weights
-    if _keeps(gm, inputs, options):
+    if keeps:
         common["on_inference"] = partial(keep_constants, for_inductor=options.lowering is Lowering.INDUCTOR)
     if options.lowering is Lowering.AOT_EAGER:
         return _torch.compile_with_aot_eager(gm, inputs, joint_pass=joint_pass or (lambda _: None), **common)
     joint_pass = joint_pass if options.mode.folds else None
     return _torch.compile_with_inductor(gm, inputs, joint_pass=joint_pass, uuid=uuid(options), **common)
-
-
-def _keeps(gm: fx.GraphModule, inputs: Sequence[Tensor], options: Options) -> bool:
-    """True if what is made of parameters and buffers alone is kept between calls."""
-    return options.mode is Mode.DEPLOY and _torch.counts_versions(gm, inputs)
 
 
 def _joint_pass(

@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 import torch
-from saved_bytes import fused, make
+from saved_bytes import fused, make, write
 from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm, trange
@@ -106,16 +103,8 @@ def main() -> None:
     ]
     print(tabulate(rows, headers=["ms (of fused)", *next(iter(results.values()))], disable_numparse=True))
     if arguments.json:
-        configuration = {
-            "date": date.today().isoformat(),
-            "torch": torch.__version__,
-            "platform": platform.platform(),
-            "threads": arguments.threads,
-            "size": arguments.size,
-            "calls": arguments.calls,
-            "lowering": arguments.lowering,
-        }
-        arguments.json.write_text(json.dumps({"configuration": configuration, "latency": results}, indent=2) + "\n")
+        settings = {name: getattr(arguments, name) for name in ("threads", "size", "calls", "lowering")}
+        write(arguments.json, {"latency": results}, **settings)
 
 
 if __name__ == "__main__":

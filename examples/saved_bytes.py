@@ -107,6 +107,12 @@ def measure(model: nn.Module, shape: tuple[int, ...], lowering: str = "aot_eager
     return row
 
 
+def write(file: Path, figures: dict[str, Any], **settings: Any) -> None:
+    """Write figures as JSON, with the settings, the day, the version of torch and the platform."""
+    where = {"date": date.today().isoformat(), "torch": torch.__version__, "platform": platform.platform()}
+    file.write_text(json.dumps({"configuration": {**where, **settings}, **figures}, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help="resnet18 of torchvision, or timm:repvgg_a0")
@@ -119,14 +125,7 @@ def main() -> None:
     table = [[name, *(f"{number / MIB:.2f}" for number in row.values())] for name, row in rows.items()]
     print(tabulate(table, headers=["saved, MiB", *next(iter(rows.values()))], disable_numparse=True))
     if arguments.json:
-        configuration = {
-            "date": date.today().isoformat(),
-            "torch": torch.__version__,
-            "platform": platform.platform(),
-            "shape": shape,
-            "lowering": arguments.lowering,
-        }
-        arguments.json.write_text(json.dumps({"configuration": configuration, "bytes": rows}, indent=2) + "\n")
+        write(arguments.json, {"bytes": rows}, shape=shape, lowering=arguments.lowering)
 
 
 if __name__ == "__main__":
