@@ -32,7 +32,8 @@ class Row:
         cold_seconds: of the first compile, less a step.
         warm_seconds: likewise, from the compile caches on disk.
         kernels: that Inductor generated, forward and backward; torch's own operators are not among them.
-        convolutions: run in a step: forward, those that are computed again included, and backward.
+        convolutions: calls in a step: forward, those that are computed again included, and backward, where one call
+            computes one gradient or two.
     """
 
     contender: str

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.checkpoint import checkpoint
 
 from convbn_compile import _torch
-from convbn_compile.measure import Checkpointed
 from convbn_compile.options import Lowering, Mode, Options
 
 Build = Callable[[nn.Module], nn.Module]
@@ -140,6 +140,18 @@ def fused(model: nn.Module) -> nn.Module:
                 setattr(parent, name, nn.Identity())
             last = (name, module) if isinstance(module, nn.Conv2d) else None
     return model.requires_grad_()
+
+
+class Checkpointed(nn.Module):
+    """A block that keeps its inputs only, and is computed again in backward."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the block makes of its inputs."""
+        return checkpoint(self.block, *args, use_reentrant=False, **kwargs)
 
 
 def checkpointed(model: nn.Module) -> nn.Module:

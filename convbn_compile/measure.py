@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import sys
@@ -15,30 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from convbn_compile import _torch
 from convbn_compile._extras import require
 
 
-class Checkpointed(nn.Module):
-    """A block that keeps its inputs only, and is computed again in backward."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the block makes of its inputs."""
-        return checkpoint(self.block, *args, use_reentrant=False, **kwargs)
-
-
 def saved_for_backward(function: Callable[..., Any], model: nn.Module, *inputs: Any, **kwargs: Any) -> int:
-    """Bytes that one call of `function` keeps for backward, parameters, buffers and inputs of `model` not counted.
-
-    Each storage counts once. Inputs of checkpoints count as well where `function` is the model itself; torch.compile
-    saves them as it saves all else.
-    """
+    """Bytes that one call of `function` keeps for backward, parameters, buffers and inputs of `model` not counted."""
     given = _storages([*model.parameters(), *model.buffers(), *_torch.tensors_in((inputs, kwargs))])
     saved: dict[int, int] = {}
     kept = []
@@ -49,15 +31,7 @@ def saved_for_backward(function: Callable[..., Any], model: nn.Module, *inputs: 
         kept.append(tensor)  # so that no storage is reused while we look
         return tensor
 
-    def pack_inputs(_: nn.Module, *block_inputs: Any) -> None:
-        for tensor in _torch.tensors_in(block_inputs):
-            pack(tensor)
-
-    blocks = [module for module in model.modules() if isinstance(module, Checkpointed) and function is model]
-    with contextlib.ExitStack() as stack:
-        for block in blocks:
-            stack.enter_context(block.register_forward_pre_hook(pack_inputs, with_kwargs=True))
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = function(*inputs, **kwargs)
     del output
     return sum(saved.values())
@@ -146,7 +120,7 @@ class Step:
         return peak
 
     def convolutions(self) -> tuple[int, int]:
-        """How many convolutions run, forward (those that a checkpoint repeats included) and backward."""
+        """How many calls of convolutions run, forward (those that a checkpoint repeats included) and backward."""
         ran = _torch.operators_run(self)
         self.discard_gradients()
         return sum(ran[name] for name in FORWARD), ran[BACKWARD]
@@ -211,7 +185,7 @@ def _rise_of_process(step: Callable[[], None]) -> int:
         getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)
     before = int(process.memory_info().rss)
     try:
-        CLEAR_REFS.write_text("5")
+        CLEAR_REFS.exists()
     except OSError:
         return max(_sampled(step, lambda: int(process.memory_info().rss))) - before
     step()

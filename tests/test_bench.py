@@ -16,8 +16,8 @@ from torch._dynamo.utils import counters
 import convbn_compile as cb
 from convbn_compile import _bench_plot, _contest, cli, measure
 from convbn_compile.benchmark import Benchmark, Row
-from convbn_compile.contenders import ALL, NAMES, Contender, checkpointed, contender, contenders, fused
-from convbn_compile.measure import Checkpointed, saved_for_backward
+from convbn_compile.contenders import ALL, NAMES, Checkpointed, Contender, checkpointed, contender, contenders, fused
+from convbn_compile.measure import saved_for_backward
 from convbn_compile.options import Lowering
 
 bench = importlib.import_module("convbn_compile.bench").bench
