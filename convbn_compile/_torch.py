@@ -8,9 +8,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,21 +29,23 @@ from torch._dynamo.pgo import get_code_state
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, detect_fake_mode
-from torch._inductor import list_mode_options
+from torch._inductor import list_mode_options, metrics
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
 from torch._inductor.pattern_matcher import stable_topological_sort
 from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch._inductor.utils import clear_caches
 from torch._ops import OpOverload
+from torch.autograd.profiler_legacy import profile
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 BatchNormModule = _BatchNorm
 """The base class of nn.BatchNorm1d/2d/3d and nn.SyncBatchNorm."""
@@ -67,6 +72,7 @@ __all__ = [
     "batch_norm_ops",
     "cache_dir",
     "compile_apart",
+    "compile_caches_in",
     "compile_in_place",
     "compile_with_aot_eager",
     "compile_with_inductor",
@@ -74,6 +80,7 @@ __all__ = [
     "ddp_forward",
     "default_decompositions",
     "evaluate",
+    "generated_kernels",
     "get_hash_for_files",
     "guarded",
     "inductor_config",
@@ -94,9 +101,11 @@ __all__ = [
     "is_view",
     "keep_output_strides",
     "leaving_no_trace",
+    "map_tensors",
     "mutated_inputs",
     "not_compiled_in_place",
     "num_forward_outputs",
+    "operators_run",
     "partition",
     "prefers_channels_last",
     "redirect_inductor",
@@ -152,10 +161,10 @@ def inductor_presets() -> dict[str, dict[str, Any]]:
     return dict(list_mode_options())
 
 
-def compile_apart(function: Callable[..., Any], backend: CompiledFunction) -> CompiledFunction:
+def compile_apart(function: Callable[..., Any], **kwargs: Any) -> CompiledFunction:
     """torch.compile with fixed sizes and, where torch can, entries that count towards no other's recompile limit."""
     apart: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in _COMPILE_ARGUMENTS else {}
-    compiled: CompiledFunction = torch.compile(function, backend=backend, dynamic=False, **apart)
+    compiled: CompiledFunction = torch.compile(function, dynamic=False, **apart, **kwargs)
     return compiled
 
 
@@ -237,6 +246,11 @@ def is_joint(graph: fx.Graph) -> bool:
 def tensors_in(values: Any) -> list[Tensor]:
     """The tensors in nested tuples, lists, dicts and dataclasses that torch knows."""
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], values: Any) -> Any:
+    """Nested tuples, lists and dicts, with `function` of each tensor in its place."""
+    return tree_map_only(Tensor, function, values)
 
 
 def size_hint(size: int | torch.SymInt) -> int:
@@ -572,6 +586,47 @@ def not_compiled_in_place(module: nn.Module) -> Iterator[None]:
 def undo_compile(module: nn.Module) -> None:
     """Take nn.Module.compile() back."""
     module.__dict__.pop("_compiled_call_impl", None)
+
+
+# --- benchmarks --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def compile_caches_in(folder: Path) -> Iterator[None]:
+    """Inside, the compile caches are on, in a folder of their own, and nothing else is known of earlier compiles.
+
+    Hides: inductor.utils.clear_caches, and what turns the caches on.
+    """
+    places = {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TRITON_CACHE_DIR": str(folder / "triton")}
+    before = {name: os.environ.get(name) for name in places}
+    on = torch._inductor.config.patch(fx_graph_cache=True, fx_graph_remote_cache=False)
+    os.environ.update(places)
+    clear_caches()
+    try:
+        with on, torch._functorch.config.patch(enable_autograd_cache=True):
+            yield
+    finally:
+        clear_caches()
+        for name in places:
+            os.environ.pop(name)
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def generated_kernels(function: Callable[[], Any]) -> tuple[Any, int]:
+    """What a function returns, and how many kernels Inductor generated meanwhile. Hides: inductor.metrics."""
+    before = metrics.generated_kernel_count
+    result = function()
+    return result, metrics.generated_kernel_count - before
+
+
+def operators_run(function: Callable[[], Any]) -> Counter[str]:
+    """How often each operator ran meanwhile, compiled or not, those inside of others included.
+
+    Hides: profiler_legacy, which unlike its successor writes nothing to stderr.
+    """
+    with profile() as events:  # type: ignore[no-untyped-call]
+        function()
+    return Counter(event.name for event in events.function_events)
 
 
 # --- torch.compile(backend="inductor") ---------------------------------------------------------------------------

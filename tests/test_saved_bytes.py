@@ -6,13 +6,14 @@ import pytest
 import timm
 import torch
 import torchvision
-from saved_bytes import measure, saved_for_backward
+from saved_bytes import measure
 from support import compiled, counted, options, randomise
 from tabulate import tabulate
 from test_backend import pair
 from torch import nn
 
 import convbn_compile
+from convbn_compile.measure import saved_for_backward
 
 MIB = 2**20
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from saved_bytes import saved_for_backward
 from support import assert_as_eager, compiled, joint_graph, operators, randomise
 from test_backend import double
 from torch import nn
 
 from convbn_compile import joint_pass
 from convbn_compile.identities import mask_of_clamp as identity
+from convbn_compile.measure import saved_for_backward
 
 SPECIAL = torch.tensor([0.0, -0.0, 6.0, -1.0, 7.0, float("nan"), float("inf"), -float("inf"), 1e-45, 6.0000005])
 BOUNDS = [(0.0, 6.0), (-1.0, 1.0), (0, 1), (-float("inf"), 0.0), (-2.5, float("inf"))]
