@@ -95,6 +95,7 @@ __all__ = [
     "is_function",
     "is_inductor_redirected",
     "is_joint",
+    "is_multiple",
     "is_of_torch_nn",
     "is_operator",
     "is_script",
@@ -277,6 +278,11 @@ def same_size(first: int | torch.SymInt, second: int | torch.SymInt) -> bool:
     return isinstance(difference, torch.SymInt) and bool(difference.node.expr.expand() == 0)
 
 
+def is_multiple(size: int | torch.SymInt, number: int) -> bool:
+    """True if a size is known to be a multiple of a number, and not 0, without a guard on it."""
+    return statically_known_true(size % number == 0) and statically_known_true(size > 0)
+
+
 def is_operator(node: fx.Node) -> bool:
     """True if the node calls an operator of torch's dispatcher, not a Python function or a graph inside."""
     return isinstance(node.target, OpOverload)
@@ -435,6 +441,8 @@ def _inner_compile(
     if "get_decomp_fn" in kwargs:
         kwargs["get_decomp_fn"] = select_decomp_table
     _save_inputs_as_they_are(gm.graph)
+    if kwargs.get("is_backward"):
+        _lay_memory_out_like(inputs, gm.graph)
     if on_inference is None or not kwargs.get("is_inference"):
         return compile_fx_inner(gm, inputs, **kwargs)
 
@@ -456,6 +464,24 @@ def _save_inputs_as_they_are(forward: fx.Graph) -> None:
     if isinstance(outputs, (list, tuple)) and visible is not None:
         inputs = [index for index, node in enumerate(outputs) if isinstance(node, fx.Node) and node.op == "placeholder"]
         output.meta["user_visible_output_idxs"] = sorted({*visible, *inputs})
+
+
+def _lay_memory_out_like(inputs: Sequence[Any], backward: fx.Graph) -> None:
+    """Unwritten memory in channels_last if forward saved something of that rank so.
+
+    Convolutions choose their layout by it, as they would by the input that it stands for (torch 2.13).
+    """
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    saved = [item for item in inputs if isinstance(item, Tensor) and item.dim() in formats]
+    ranks = {item.dim() for item in saved if _is_only_in(item, formats[item.dim()])}
+    for node in backward.find_nodes(op="call_function", target=torch.ops.aten.empty_strided.default):
+        memory = node.meta["val"]
+        if memory.dim() in ranks and all(isinstance(size, int) for size in memory.shape):
+            node.update_arg(1, list(torch.empty_like(memory, memory_format=formats[memory.dim()]).stride()))
+
+
+def _is_only_in(tensor: Tensor, memory_format: torch.memory_format) -> bool:
+    return tensor.is_contiguous(memory_format=memory_format) and not tensor.is_contiguous()
 
 
 def compile_with_inductor(

@@ -21,7 +21,7 @@ from convbn_compile._per_channel import Affine
 from convbn_compile._region import Region, follow, last_region, last_scale, parallel, region, scales, sums
 from convbn_compile._rewrite import rewrite
 from convbn_compile._splice import cancel_aliases, copy_graph, restride, share_casts, splice
-from convbn_compile.identities import crop_of_pad, mask_of_clamp
+from convbn_compile.identities import bits_of_mask, crop_of_pad, mask_of_clamp, shape_of_input, sign_of_output
 from convbn_compile.options import Fold
 from convbn_compile.report import NoMatch, Refusal, Report
 
@@ -100,8 +100,11 @@ def _rewrite(graph: Graph, norms: Sequence[Norm], fold: Fold, *, merge_branches:
     _torch.stable_topological_sort(graph)
     graph.eliminate_dead_code()
     restride(graph)
+    _apply(shape_of_input, graph)
     _apply(mask_of_clamp, graph)
+    _apply(sign_of_output, graph)
     _apply(crop_of_pad, graph)
+    _apply(bits_of_mask, graph)
     save_reads_of(written)
     graph.eliminate_dead_code()
     return report_of(norms, outcomes)
