@@ -79,7 +79,7 @@ def trace(function: Callable[..., Any], fakes: Fakes) -> Trace:
     """Trace a function of tensors or None, that returns a tensor, None, or a tuple of them."""
     try:
         graph = _recorded(function, fakes)
-    except _NotRecorded:
+    except Exception:  # noqa: BLE001  an error of the function's own comes again
         graph = _torch.traced_by_make_fx(function, fakes)
     return Trace(graph, {node: node.meta.get("val") for node in graph.nodes})
 
