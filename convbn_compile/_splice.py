@@ -37,7 +37,7 @@ def splice(
         traces: where the function may have been traced before.
     """
     graph, like = before.graph, like or before
-    fakes = [None if argument is None else value(argument) for argument in arguments]
+    fakes = [None if argument is None else argument.meta["val"] for argument in arguments]
     traced = trace(function, fakes) if traces is None else traces.of(function, fakes)
     placed: dict[Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), arguments, strict=True))
     inherited = {key: item for key, item in like.meta.items() if key not in _OF_THE_VALUE}

@@ -15,8 +15,8 @@ from torch.fx.node import map_aggregate, map_arg
 from convbn_compile import _torch
 from convbn_compile._aten import aten
 
-Fakes = Sequence[Tensor | None]
-"""Fake tensors of one fake mode, and None for what a function is called without."""
+Fakes = Sequence[Any]
+"""Fake tensors of one fake mode, or dynamic numbers; None for what a function is called without."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,11 @@ class Traces:
         return traced
 
 
-def _has_numbers(fake: Tensor | None) -> bool:
+def _has_numbers(fake: Any) -> bool:
     """True if no size, stride or offset is dynamic."""
-    numbers = () if fake is None else (*fake.shape, *fake.stride(), fake.storage_offset())
-    return all(isinstance(number, int) for number in numbers)
+    if not isinstance(fake, Tensor):
+        return fake is None
+    return all(isinstance(number, int) for number in (*fake.shape, *fake.stride(), fake.storage_offset()))
 
 
 def _facts(fake: Tensor | None) -> Any:

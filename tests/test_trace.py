@@ -102,6 +102,14 @@ def test_arithmetic_of_dynamic_sizes_is_traced_by_make_fx():
     assert counts["<built-in function mul>"] == 1
 
 
+def test_a_dynamic_number_is_an_argument():
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    argument = mode.from_tensor(torch.randn(3, 2))
+    traced = Traces().of(lambda image, number: image + number, [argument, argument.shape[0]])
+    assert len(traced.graph.find_nodes(op="placeholder")) == 2
+    assert operators(traced.graph) == {"aten.add.Tensor": 1}
+
+
 @dataclass(frozen=True)
 class Times:
     number: float
