@@ -39,12 +39,16 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.utils import clear_caches
 from torch._ops import OpOverload
 from torch.autograd.profiler_legacy import profile
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    autograd_would_have_decomposed,
+    is_traceable_wrapper_subclass,
+)
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 BatchNormModule = _BatchNorm
@@ -52,6 +56,9 @@ BatchNormModule = _BatchNorm
 
 ConvolutionModule = _ConvNd
 """The base class of nn.Conv1d/2d/3d and nn.ConvTranspose1d/2d/3d."""
+
+DispatchMode = TorchDispatchMode
+"""Sees every operator that is called inside of it."""
 
 CompiledFunction = Callable[..., Any]
 GraphPass = Callable[[fx.Graph], None]
@@ -67,6 +74,7 @@ __all__ = [
     "CompileInference",
     "CompiledFunction",
     "ConvolutionModule",
+    "DispatchMode",
     "GraphPass",
     "as_traced",
     "batch_norm_ops",
@@ -76,6 +84,7 @@ __all__ = [
     "compile_in_place",
     "compile_with_aot_eager",
     "compile_with_inductor",
+    "composite",
     "counts_versions",
     "ddp_forward",
     "default_decompositions",
@@ -106,6 +115,7 @@ __all__ = [
     "mutated_inputs",
     "not_compiled_in_place",
     "num_forward_outputs",
+    "on_fakes",
     "operators_run",
     "partition",
     "prefers_channels_last",
@@ -117,7 +127,7 @@ __all__ = [
     "static_inputs",
     "takes_any_strides",
     "tensors_in",
-    "trace",
+    "traced_by_make_fx",
     "undo_compile",
     "undo_redirect_inductor",
     "versions",
@@ -209,24 +219,31 @@ def _whole_batch_norm() -> dict[Any, Callable[..., Any]]:
     return {op: rule for op, rule in default_decompositions().items() if op not in batch_norm_ops()}
 
 
-def trace(function: Callable[..., Any], *values: Any) -> fx.GraphModule:
-    """The aten graph of `function` on fake tensors, decomposed as Inductor would.
+@contextlib.contextmanager
+def on_fakes(fakes: Sequence[Any]) -> Iterator[None]:
+    """Operators compute fake tensors inside, unseen by autograd, autocast and tracers further out."""
+    fake_mode = detect_fake_mode(fakes)
+    assert fake_mode is not None, "fake tensors are needed"
+    with torch.no_grad(), torch._C._DisableAutocast(), disable_proxy_modes_tracing(), fake_mode:
+        yield
 
-    Args:
-        function: takes and returns tensors (or None) only.
-        values: fake tensors of one fake mode.
-    """
-    fake_mode = detect_fake_mode(values)
-    assert fake_mode is not None, "trace() needs fake tensors"
-    with torch.no_grad(), torch._C._DisableAutocast(), fake_mode:
-        return make_fx(function, default_decompositions(), tracing_mode="real")(*values)
+
+def traced_by_make_fx(function: Callable[..., Any], fakes: Sequence[Any]) -> fx.Graph:
+    """The aten graph of `function` on fake tensors, decomposed as Inductor would."""
+    with on_fakes(fakes):
+        return make_fx(function, default_decompositions(), tracing_mode="real")(*fakes).graph
+
+
+def composite(func: Any, args: Sequence[Any]) -> CompiledFunction | None:
+    """What makes an operator of others, as autograd would."""
+    if func._can_decompose() and autograd_would_have_decomposed(func, tensors_in(args)):
+        return func.decompose  # type: ignore[no-any-return]
+    return None
 
 
 def evaluate(function: Any, *values: Any, **kwargs: Any) -> Any:
     """What `function` makes of fake tensors."""
-    fake_mode = detect_fake_mode(values)
-    assert fake_mode is not None, "evaluate() needs fake tensors"
-    with torch.no_grad(), fake_mode:
+    with on_fakes(values):
         return function(*values, **kwargs)
 
 
