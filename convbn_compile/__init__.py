@@ -1,6 +1,8 @@
 """Fine-tune convolutional networks at the cost of fused ones: torch.compile(model, backend="convbn_tune")."""
 
 from convbn_compile.deploy import refresh as refresh
+from convbn_compile.estimate import MemoryEstimate as MemoryEstimate
+from convbn_compile.estimate import estimate_memory as estimate_memory
 from convbn_compile.explain import explain as explain
 from convbn_compile.fuse import Fused as Fused
 from convbn_compile.fuse import fuse as fuse
