@@ -42,7 +42,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 BatchNormModule = _BatchNorm
 """The base class of nn.BatchNorm1d/2d/3d and nn.SyncBatchNorm."""
@@ -125,6 +125,7 @@ __all__ = [
     "is_view",
     "keep_output_strides",
     "leaving_no_trace",
+    "map_tensors",
     "mutated_inputs",
     "not_compiled_in_place",
     "num_forward_outputs",
@@ -313,6 +314,11 @@ def is_joint(graph: fx.Graph) -> bool:
 def tensors_in(values: Any) -> list[Tensor]:
     """The tensors in nested tuples, lists, dicts and dataclasses that torch knows."""
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def map_tensors(function: Callable[[Tensor], Any], values: Any) -> Any:
+    """The same nested values with `function` of each tensor in its place."""
+    return tree_map_only(Tensor, function, values)
 
 
 def size_hint(size: int | torch.SymInt) -> int:
@@ -572,7 +578,8 @@ def compile_with_aot_eager(
         given = graph_module.graph.find_nodes(op="placeholder")
 
         def compile_graph(part: fx.GraphModule, *_: Any) -> CompiledFunction:
-            on_lowered(Lowered(given, part.graph, len(part.graph.output_node().args[0])))
+            outputs: Any = part.graph.output_node().args[0]
+            on_lowered(Lowered(given, part.graph, len(outputs)))
             return _as_is(part)
 
         if on_inference is None:

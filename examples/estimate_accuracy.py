@@ -4,8 +4,8 @@
     python examples/estimate_accuracy.py resnet18 timm:convnext_atto --shape 2 3 64 64 --mode eval --json accuracy.json
 
 Networks are torchvision's or timm's, with random weights and batch norm on running statistics. Measured is a real step
-without code generation (lowering="aot_eager"): what autograd keeps (torch.autograd.graph.saved_tensors_hooks), and, seen
-by a TorchDispatchMode, the largest sum of the memory of tensors that live at one time.
+without code generation (lowering="aot_eager"): what autograd keeps (torch.autograd.graph.saved_tensors_hooks), and the
+largest sum of the memory of tensors that live at one time, which a TorchDispatchMode sees.
 """
 
 from __future__ import annotations
