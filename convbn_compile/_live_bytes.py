@@ -10,18 +10,20 @@ from convbn_compile import _torch
 from convbn_compile.saved_bytes import returned, storages
 
 
-def peak_bytes(lowered: _torch.Lowered) -> int:
-    """The largest sum of memory in use at one time, that of the inputs not counted.
+def live_bytes(lowered: _torch.Lowered) -> list[int]:
+    """The sum of memory in use, that of the inputs not counted, at each node of forward and then of backward.
 
-    Outputs live until backward is over, and so do gradients; what is saved lives until its last use in backward.
+    Outputs and their gradients live until backward is over, and so do the gradients that it makes; what is saved lives
+    until its last use in backward.
     """
     forward, backward = lowered.forward, lowered.backward
     given = dict.fromkeys(storages(lowered.inputs), 0)
-    peak, live = _walk(forward, given, storages(forward.find_nodes(op="placeholder")))
+    sums, live = _walk(forward, given, storages(forward.find_nodes(op="placeholder")))
     if backward is None:
-        return peak
-    held = given.keys() | storages(returned(forward)[: lowered.num_outputs]).keys()
-    return max(peak, _walk(backward, live, held)[0])
+        return sums
+    outputs = storages(returned(forward)[: lowered.num_outputs])
+    tangents = storages(backward.find_nodes(op="placeholder")).keys() - live.keys()
+    return sums + _walk(backward, live, given.keys() | outputs.keys() | tangents)[0]
 
 
 def gradient_bytes(lowered: _torch.Lowered) -> int:
@@ -29,20 +31,20 @@ def gradient_bytes(lowered: _torch.Lowered) -> int:
     return 0 if lowered.backward is None else sum(storages(returned(lowered.backward)).values())
 
 
-def _walk(graph: Graph, live: Mapping[int, int], held: Collection[int]) -> tuple[int, dict[int, int]]:
-    """The largest sum of live bytes while a graph runs, and the memory that lives afterwards.
+def _walk(graph: Graph, live: Mapping[int, int], held: Collection[int]) -> tuple[list[int], dict[int, int]]:
+    """The sum of live bytes at each node of a graph, and the memory that lives afterwards.
 
     Args:
         graph: in which memory is allocated where a node first has it, and freed after the last node that reads it.
         live: what lives before, with its bytes.
         held: what is not freed.
     """
-    live, peak = dict(live), 0
+    live, sums = dict(live), []
     last = {memory: node for node in graph.nodes for memory in storages([node, *node.all_input_nodes])}
     for node in graph.nodes:
         live = storages([node]) | live
-        peak = max(peak, sum(live.values()))
+        sums.append(sum(live.values()))
         for memory in storages([node, *node.all_input_nodes]) if node.op != "output" else ():
             if last[memory] is node and memory not in held:
                 del live[memory]
-    return peak, live
+    return sums, live

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from convbn_compile import _torch
-from convbn_compile._live_bytes import gradient_bytes, peak_bytes
+from convbn_compile._live_bytes import gradient_bytes, live_bytes
 from convbn_compile._wrapped import check_module, unwrapped
 from convbn_compile.lowering import lower
 from convbn_compile.options import Lowering, Mode, Options
@@ -33,6 +33,7 @@ class MemoryEstimate:
         buffer_bytes: of the buffers.
         input_bytes: of the tensors that the model is called with.
         gradient_bytes: of the gradients of parameters and inputs, all of which live when backward is over.
+        timeline: what is in use at each operation of forward, and then of backward; the peak is the largest.
     """
 
     saved_bytes: int
@@ -41,10 +42,11 @@ class MemoryEstimate:
     buffer_bytes: int
     input_bytes: int
     gradient_bytes: int
+    timeline: tuple[int, ...] = field(repr=False)
 
     def to_dict(self) -> dict[str, int]:
-        """Everything, in types that JSON has."""
-        return asdict(self)
+        """Everything but the timeline."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "timeline"}
 
     def __str__(self) -> str:
         rows = [(name.removesuffix("_bytes"), f"{number / MIB:.2f}") for name, number in self.to_dict().items()]
@@ -81,7 +83,7 @@ def estimate_memory(
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU()).eval()
         >>> print(estimate_memory(net, torch.empty(10_000, 3, 226, 226, device="meta")).saved_bytes // 2**30)
-        119
+        29
     """
     check_module(model, "estimate_memory")
     parsed = Options.parse(mode, {"memory_budget": memory_budget, **(options or {})})
@@ -91,13 +93,15 @@ def estimate_memory(
     parameters, buffers = _storages(model.parameters()), _storages(model.buffers())
     given = _storages(_torch.tensors_in((inputs, kwargs)))
     outside = sum((parameters | buffers | given).values())
+    timeline = [outside + number for graphs in lowered for number in live_bytes(graphs)]
     return MemoryEstimate(
         saved_bytes=sum(kept_bytes(graphs.forward, graphs.num_outputs) for graphs in lowered),
-        peak_bytes=outside + sum(map(peak_bytes, lowered)),
+        peak_bytes=max(timeline, default=outside),
         parameter_bytes=sum(parameters.values()),
         buffer_bytes=sum(buffers.values()),
         input_bytes=sum(given.values()),
         gradient_bytes=sum(map(gradient_bytes, lowered)),
+        timeline=tuple(timeline),
     )
 
 

@@ -43,6 +43,7 @@ def largest_batch(
             not grow with the batch; or as estimate_memory.
 
     Examples:
+        >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU()).eval()
         >>> largest_batch(net, torch.empty(1, 3, 226, 226, device="meta"), 2**30)
         25

@@ -73,7 +73,8 @@ def measured_peak(function: Callable[..., Tensor], model: nn.Module, *inputs: Te
     model.zero_grad()
     with LiveBytes(given) as measured:
         output = function(*inputs)
-        output.backward(torch.ones_like(output))
+        if output.requires_grad:
+            output.backward(torch.ones_like(output))
     return measured.peak + sum(tensor.untyped_storage().nbytes() for tensor in given)
 
 
