@@ -78,7 +78,7 @@ def estimate_memory(
     Raises:
         TypeError: `model` is not a module, or one of TorchScript; an option of the wrong type.
         ValueError: an unknown mode, option or value; a model that is not captured as one graph, that cannot be copied,
-            that has lazy parameters, or that fully_shard was applied to.
+            that has lazy parameters, or that fully_shard was applied to; autocast where all is on meta.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU()).eval()
@@ -151,6 +151,11 @@ def _fakes(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -
     """The fake mode, and copies of the model and of what it is called with, on one device."""
     tensors = [*model.parameters(), *model.buffers(), *_torch.tensors_in((inputs, kwargs))]
     device = next((tensor.device for tensor in tensors if not tensor.is_meta), None)
+    if device is None and any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+        raise ValueError(
+            "estimate_memory was called under autocast, which does nothing to tensors on meta, where the model and its "
+            "inputs are: give it one of them on the device of autocast."
+        )
     fake_mode = _torch.fake_mode_of(tensors)
     try:
         return fake_mode, _torch.fake_copy((model, tuple(inputs), dict(kwargs)), tensors, device, fake_mode)

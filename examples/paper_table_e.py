@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from saved_bytes import fused, make, write
+from saved_bytes import MIB, fused, make, write
 from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -38,6 +38,9 @@ CONTENDERS: dict[str, tuple[str, Callable[[nn.Module], nn.Module]]] = {
     "fused network": ("eval", fused),
 }
 """The mode, and what is done to the model."""
+
+KINDS = {"Eval": "Eval", "Tune": "Tune", "fused network": "Deploy"}
+"""What the paper calls them."""
 
 PAPER: dict[Setting, tuple[float, ...]] = {
     (16, 224): (0.0505, 1.5671, 0.0467, 0.9727, 0.0448, 0.9397),
@@ -178,21 +181,33 @@ def rows_of(found: dict[str, dict[Setting, dict[str, Any]]]) -> list[dict[str, A
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Peaks beside the paper's memory, and times if there are any."""
-    kinds = {"Eval": "Eval", "Tune": "Tune", "fused network": "Deploy"}
     lines, headers = [], ["batch", "size"]
     timed = "seconds" in rows[0]["Tune"]
-    for name, theirs in kinds.items():
+    for name, theirs in KINDS.items():
         headers += [f"paper {theirs}, s", f"{name}, s"] if timed else []
         headers += [f"paper {theirs}, GB", f"{name} peak, GiB"] + ([] if timed else ["saved, GiB"])
     for row in rows:
         line: list[Any] = [row["batch"], row["size"]]
-        for name, theirs in kinds.items():
+        for name, theirs in KINDS.items():
             ours = row[name]
             line += [row["paper"].get(f"{theirs} s"), f"{ours['seconds']:.4f}"] if timed else []
             line += [row["paper"].get(f"{theirs} GB"), f"{ours['peak'] / GIB:.3f}"]
             line += [] if timed else [f"{ours['saved'] / GIB:.3f}"]
         lines.append(line)
     return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+def per_image(rows: Sequence[dict[str, Any]]) -> str:
+    """What one more image takes, in MiB, by the smallest and the largest batch; the paper's GB taken for GiB."""
+    few, many = (choose(rows, key=lambda row: row["batch"]) for choose in (min, max))
+    images = (many["batch"] - few["batch"]) * MIB
+    lines = []
+    for name, theirs in KINDS.items():
+        kinds = [kind for kind in ("eager saved", "saved", "peak") if kind in few[name]]
+        paper = (many["paper"][f"{theirs} GB"] - few["paper"][f"{theirs} GB"]) * GIB / images
+        ours = ((many[name][kind] - few[name][kind]) / images for kind in kinds)
+        lines.append([name, *(f"{number:.2f}" for number in (paper, *ours))])
+    return tabulate(lines, headers=["MiB an image", "paper", *kinds], tablefmt="github", disable_numparse=True)
 
 
 def main() -> None:
@@ -213,6 +228,8 @@ def main() -> None:
         found[name] = of_all(model, mode, settings, name)
     rows = rows_of(found)
     print(table(rows))
+    if arguments.model == "resnet50" and PAPER.keys() >= set(settings):
+        print("\n" + per_image(rows))
     if arguments.json:
         gpu = torch.cuda.get_device_name() if arguments.device == "cuda" else None
         write(arguments.json, {"rows": rows}, model=arguments.model, device=arguments.device, gpu=gpu)

@@ -88,7 +88,6 @@ def test_far_more_than_fits_into_memory_and_on_every_kind_of_tensor():
     assert wanted.input_bytes == 10**7 * 4 * 3 * 64**2
     with FakeTensorMode():
         fake = torch.empty(shape)
-    assert cb.estimate_memory(net, fake) == wanted
     assert cb.estimate_memory(copy.deepcopy(net).to("meta"), fake) == wanted
 
 
@@ -163,6 +162,12 @@ def test_errors(make, options, message):
         cb.estimate_memory(make(), torch.randn(2, 3, 8, 8), **options)
 
 
+def test_autocast_on_meta():
+    message = "estimate_memory was called under autocast, which does nothing to tensors on meta, where the model"
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=message):
+        cb.estimate_memory(small().to("meta"), torch.empty(2, 3, 8, 8, device="meta"))
+
+
 def test_no_module():
     with pytest.raises(TypeError, match=re.escape("estimate_memory needs a torch.nn.Module, got 1 (int).")):
         cb.estimate_memory(1)
@@ -177,17 +182,25 @@ class TwoInputs(nn.Module):
         return self.norm(self.convolution(images)).relu() * scales.view(-1, 1, 1, 1) + shift
 
 
-def test_the_largest_batch_fits_and_the_next_does_not():
-    net, shift = TwoInputs().eval(), torch.zeros(8, 1, 1)
+def test_the_largest_batch_fits_and_the_next_does_not(monkeypatch):
+    peaks = {}
 
-    def peak(batch):
-        return cb.estimate_memory(net, torch.empty(batch, 3, 32, 32), torch.empty(batch), shift=shift).peak_bytes
+    def estimate(model, images, scales, **kwargs):
+        found = cb.estimate_memory(model, images, scales, **kwargs)
+        assert images.shape[1:] == (3, 32, 32) and scales.shape == images.shape[:1]
+        peaks[len(images)] = found.peak_bytes
+        return found
 
+    monkeypatch.setattr(largest, "estimate_memory", estimate)
     example = (torch.empty(2, 3, 32, 32), torch.empty(2))
-    found = cb.largest_batch(net, example, 10**9, shift=shift)
-    assert peak(found) <= 10**9 < peak(found + 1)
-    with pytest.raises(ValueError, match=r"No batch fits into budget_bytes=1000: a batch of 1 takes \d+ bytes"):
-        cb.largest_batch(net, example, 1000, shift=shift)
+    found = cb.largest_batch(TwoInputs().eval(), example, 10**9, shift=torch.zeros(8, 1, 1))
+    assert peaks[found] <= 10**9 < peaks[found + 1]
+    assert len(peaks) == 4
+
+
+def test_no_batch_fits():
+    with pytest.raises(ValueError, match="No batch fits into budget_bytes=10: a batch of 1 takes 11 bytes"):
+        largest._search(lambda batch: 10 + batch, 8, 10)
 
 
 @pytest.mark.parametrize("begin", [1, 7, 1000])
