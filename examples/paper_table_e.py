@@ -5,8 +5,8 @@
 
 On a GPU a step of forward and backward is run: time, and torch.cuda.max_memory_allocated. Without one, bytes are
 counted with fake tensors (convbn_compile.estimate_memory), which takes no more memory for a batch of 256 than for one.
-As what is in use at each operation grows with images and with pixels along a line, three settings are traced and the
-others follow; a fourth, the largest batch, is traced to see that it does.
+What is in use at each operation grows with images and with pixels along a line, as long as the graph is the same: three
+settings are traced, a fourth to see that it does, and the others follow, or are traced too where it does not.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _pixels(size: int) -> int:
 
 
 def count_all(model: nn.Module, mode: str, settings: Sequence[Setting], name: str) -> dict[Setting, dict[str, int]]:
-    """`count` for every setting, of which four are traced.
+    """`count` for every setting, of which four are traced, and the others too if these are not on a line.
 
     Args:
         model: on meta.
@@ -129,16 +129,27 @@ def count_all(model: nn.Module, mode: str, settings: Sequence[Setting], name: st
     fixed = next(batch for batch, other in settings if other != size)
     few = next(batch for batch in batches if batch != fixed)
     largest = max(other for _, other in settings)
-    traced = {
-        setting: count(model, mode, setting)
-        for setting in tqdm([(few, size), (fixed, size), (fixed, largest), (batches[-1], size)], desc=name, leave=False)
-    }
+    four = [(few, size), (fixed, size), (fixed, largest), (batches[-1], size)]
+    traced = {setting: count(model, mode, setting) for setting in tqdm(four, desc=name, leave=False)}
+    lines = lines_through(traced)
+    if lines is not None:
+        return {setting: named([line.at(setting) for line in lines]) for setting in settings}
+    rest = tqdm([setting for setting in settings if setting not in traced], desc=name, leave=False)
+    traced |= {setting: count(model, mode, setting) for setting in rest}
+    return {setting: named(traced[setting]) for setting in settings}
+
+
+def lines_through(traced: dict[Setting, list[int]]) -> list[Line] | None:
+    """A line for each number that `count` gives, through three settings; None if the fourth is not on all of them.
+
+    Tune has other graphs for other sizes: a scale goes into the smaller one of weight and output.
+    """
     *three, check = traced
-    numbers = zip(*(traced[setting] for setting in three), strict=True)
-    lines = [Line.through(dict(zip(three, number, strict=True))) for number in numbers]
-    if [line.at(check) for line in lines] != traced[check]:
-        raise ValueError(f"{name}: what is in use does not grow along a line, or the graph is another one at {check}.")
-    return {setting: named([line.at(setting) for line in lines]) for setting in settings}
+    if len({len(numbers) for numbers in traced.values()}) > 1:
+        return None
+    columns = zip(*(traced[setting] for setting in three), strict=True)
+    lines = [Line.through(dict(zip(three, column, strict=True))) for column in columns]
+    return lines if [line.at(check) for line in lines] == traced[check] else None
 
 
 def measure(model: nn.Module, mode: str, setting: Setting, steps: int) -> dict[str, float]:
@@ -174,7 +185,8 @@ def rows_of(found: dict[str, dict[Setting, dict[str, Any]]]) -> list[dict[str, A
     rows = []
     for setting in next(iter(found.values())):
         paper = dict(zip(PAPER_COLUMNS, PAPER[setting], strict=True)) if setting in PAPER else {}
-        ours = {name: figures[setting] for name, figures in found.items()}
+        ours = {name: dict(figures[setting]) for name, figures in found.items()}
+        ours["Tune"].pop("eager saved", None)  # it is Eval's
         rows.append({"batch": setting[0], "size": setting[1], "paper": paper, **ours})
     return rows
 
@@ -201,12 +213,12 @@ def per_image(rows: Sequence[dict[str, Any]]) -> str:
     """What one more image takes, in MiB, by the smallest and the largest batch; the paper's GB taken for GiB."""
     few, many = (choose(rows, key=lambda row: row["batch"]) for choose in (min, max))
     images = (many["batch"] - few["batch"]) * MIB
+    kinds = [kind for kind in ("eager saved", "saved", "peak") if kind in few["Eval"]]
     lines = []
     for name, theirs in KINDS.items():
-        kinds = [kind for kind in ("eager saved", "saved", "peak") if kind in few[name]]
         paper = (many["paper"][f"{theirs} GB"] - few["paper"][f"{theirs} GB"]) * GIB / images
-        ours = ((many[name][kind] - few[name][kind]) / images for kind in kinds)
-        lines.append([name, *(f"{number:.2f}" for number in (paper, *ours))])
+        ours = [(many[name][kind] - few[name][kind]) / images if kind in few[name] else None for kind in kinds]
+        lines.append([name, *("" if number is None else f"{number:.2f}" for number in (paper, *ours))])
     return tabulate(lines, headers=["MiB an image", "paper", *kinds], tablefmt="github", disable_numparse=True)
 
 
