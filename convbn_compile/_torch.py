@@ -11,6 +11,7 @@ import inspect
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from operator import attrgetter
 from pathlib import Path
@@ -23,10 +24,10 @@ import torch._inductor.config
 import torch.distributed
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.backends.debugging import boxed_nop
+from torch._dynamo.exc import ShortenTraceback, Unsupported
 from torch._dynamo.external_utils import wrap_inline
 from torch._dynamo.pgo import get_code_state
-from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, detect_fake_mode
 from torch._inductor import list_mode_options, metrics
@@ -38,6 +39,7 @@ from torch._inductor.pattern_matcher import stable_topological_sort
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.utils import clear_caches
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.autograd.profiler_legacy import profile
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -59,6 +61,8 @@ ConvolutionModule = _ConvNd
 
 DispatchMode = TorchDispatchMode
 """Sees every operator that is called inside of it."""
+GraphBreak = Unsupported
+"""What Dynamo raises where it would break the graph, if it must not."""
 
 CompiledFunction = Callable[..., Any]
 GraphPass = Callable[[fx.Graph], None]
@@ -66,6 +70,26 @@ CompileGraph = Callable[[fx.GraphModule, Sequence[Any], Sequence[int]], Compiled
 """Compiles a graph, with its inputs, and which of them are the same tensors in every call."""
 CompileInference = Callable[[fx.GraphModule, Sequence[Any], Sequence[int], CompileGraph], CompiledFunction]
 """Likewise, by means of a CompileGraph."""
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What AOTAutograd made of one Dynamo graph.
+
+    Attributes:
+        inputs: of the graph, as its nodes: parameters and buffers, too.
+        forward: from the inputs, and what Deploy keeps, to the outputs and what is saved for backward.
+        num_outputs: how many of forward's outputs are not there for backward.
+        backward: None if there are no gradients.
+    """
+
+    inputs: Sequence[fx.Node]
+    forward: fx.Graph
+    num_outputs: int
+    backward: fx.Graph | None = None
+
+
+OnLowered = Callable[[Lowered], None]
 
 __all__ = [
     "USERS_PASS",
@@ -75,7 +99,10 @@ __all__ = [
     "CompiledFunction",
     "ConvolutionModule",
     "DispatchMode",
+    "GraphBreak",
     "GraphPass",
+    "Lowered",
+    "OnLowered",
     "as_traced",
     "batch_norm_ops",
     "cache_dir",
@@ -89,6 +116,9 @@ __all__ = [
     "ddp_forward",
     "default_decompositions",
     "evaluate",
+    "fake_copy",
+    "fake_mode_of",
+    "fake_resized",
     "generated_kernels",
     "get_hash_for_files",
     "guarded",
@@ -173,7 +203,10 @@ def inductor_presets() -> dict[str, dict[str, Any]]:
 
 
 def compile_apart(function: Callable[..., Any], **kwargs: Any) -> CompiledFunction:
-    """torch.compile with fixed sizes and, where torch can, entries that count towards no other's recompile limit."""
+    """torch.compile with fixed sizes and, where torch can, entries that count towards no other's recompile limit.
+
+    With `fullgraph` a GraphBreak is raised where there would be a second graph.
+    """
     apart: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in _COMPILE_ARGUMENTS else {}
     compiled: CompiledFunction = torch.compile(function, dynamic=False, **apart, **kwargs)
     return compiled
@@ -247,6 +280,46 @@ def evaluate(function: Any, *values: Any, **kwargs: Any) -> Any:
         return function(*values, **kwargs)
 
 
+# --- fake tensors ------------------------------------------------------------------------------------------------
+
+
+def fake_mode_of(tensors: Sequence[Tensor]) -> Any:
+    """The mode of those that are fake, or the active one, or a new one, which takes real tensors for fake ones."""
+    return detect_fake_mode(tensors) or FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake_copy(value: Any, tensors: Sequence[Tensor], device: torch.device | None, fake_mode: Any) -> Any:
+    """A deep copy all of whose tensors are fake, so that no memory is allocated for them.
+
+    Args:
+        value: a container of modules and tensors.
+        tensors: its tensors.
+        device: where those on meta go; None leaves them there.
+        fake_mode: that of the copies.
+    """
+    memo: dict[int, Any] = {id(tensor): _fake(tensor, device, fake_mode) for tensor in tensors}
+    with fake_mode, FakeCopyMode(fake_mode):
+        return copy.deepcopy(value, memo)
+
+
+def _fake(tensor: Tensor, device: torch.device | None, fake_mode: Any) -> Tensor:
+    if device is None or not tensor.is_meta:
+        fake: Tensor = fake_mode.from_tensor(tensor, static_shapes=True)
+        return fake
+    with fake_mode:
+        moved = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        moved.requires_grad_(tensor.requires_grad)
+        return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
+
+
+def fake_resized(tensor: Tensor, batch: int, fake_mode: Any) -> Tensor:
+    """A fake tensor like the given one, but for its size in dim 0."""
+    size = (batch, *tensor.shape[1:])
+    with fake_mode:
+        resized = torch.empty_strided(size, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        return resized.requires_grad_(tensor.requires_grad)
+
+
 # --- partitioning ------------------------------------------------------------------------------------------------
 
 
@@ -266,8 +339,8 @@ def tensors_in(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], values: Any) -> Any:
-    """Nested tuples, lists and dicts, with `function` of each tensor in its place."""
+def map_tensors(function: Callable[[Tensor], Any], values: Any) -> Any:
+    """The same nested values with `function` of each tensor in its place."""
     return tree_map_only(Tensor, function, values)
 
 
@@ -539,22 +612,34 @@ def compile_with_aot_eager(
     config: Mapping[str, Any],
     memory_budget: float,
     on_inference: CompileInference | None = None,
+    on_lowered: OnLowered = lambda _: None,
 ) -> CompiledFunction:
     """Compile a Dynamo graph with AOTAutograd and run its graphs as they are, without code generation.
 
-    Of `config`, Inductor's, only the user's own joint pass has an effect. Hides: aot_autograd.
+    `on_lowered` is told what is run. Of `config`, Inductor's, only the user's own joint pass has an effect. Hides:
+    aot_autograd.
     """
     passes = _chain(joint_pass, "", config)
 
     def inference(graph_module: fx.GraphModule, graph_inputs: Sequence[Any]) -> CompiledFunction:
         _on_every_graph(passes, graph_module)
+        given = graph_module.graph.find_nodes(op="placeholder")
+
+        def compile_graph(part: fx.GraphModule, *_: Any) -> CompiledFunction:
+            outputs: Any = part.graph.output_node().args[0]
+            on_lowered(Lowered(given, part.graph, len(outputs)))
+            return _as_is(part)
+
         if on_inference is None:
-            return _as_is(graph_module)
-        return on_inference(graph_module, graph_inputs, static_inputs(), lambda part, *_: _as_is(part))
+            return compile_graph(graph_module)
+        return on_inference(graph_module, graph_inputs, static_inputs(), compile_graph)
 
     def partition_joint(joint: fx.GraphModule, joint_inputs: Sequence[Any], **kwargs: Any) -> Any:
         _on_every_graph(passes, joint)
-        return partition(joint, joint_inputs, **kwargs)
+        forward, backward = partition(joint, joint_inputs, **kwargs)
+        given = forward.graph.find_nodes(op="placeholder")
+        on_lowered(Lowered(given, forward.graph, kwargs["num_fwd_outputs"], backward.graph))
+        return forward, backward
 
     backend = aot_autograd(
         fw_compiler=lambda graph_module, _: _as_is(graph_module),
@@ -578,7 +663,8 @@ def _on_every_graph(passes: GraphPass, graph_module: fx.GraphModule) -> None:
 
 
 def _as_is(graph_module: fx.GraphModule) -> CompiledFunction:
-    boxed: CompiledFunction = make_boxed_func(graph_module.forward)
+    """What runs a graph and, as Inductor's code does, frees each of its inputs after the last use."""
+    boxed: CompiledFunction = boxed_nop(graph_module, [])
     return boxed
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Iterable
+from typing import Any
+
 from torch.fx import Graph, GraphModule, Node
 
 from convbn_compile import _torch
@@ -18,23 +20,24 @@ def saved_bytes(joint: Graph) -> int:
     decompose_batch_norms(copied.graph)
     outputs = _torch.num_forward_outputs(joint)
     forward, _ = _torch.partition(copied, (), num_fwd_outputs=outputs)
-    given = {_storage(node) for node in forward.graph.find_nodes(op="placeholder")}
-    saved = {_storage(node): node for node in _output_nodes(forward.graph)[outputs:]}
-    return sum(_num_bytes(node) for storage, node in saved.items() if storage not in given)
+    return kept_bytes(forward.graph, outputs)
 
 
-def _output_nodes(graph: Graph) -> list[Node]:
+def kept_bytes(forward: Graph, num_outputs: int) -> int:
+    """Bytes that a forward graph hands on after its first `num_outputs` outputs, its inputs not counted."""
+    given, saved = storages(forward.find_nodes(op="placeholder")), storages(returned(forward)[num_outputs:])
+    return sum(size for storage, size in saved.items() if storage not in given)
+
+
+def returned(graph: Graph) -> list[Any]:
+    """The outputs of a graph: nodes, or None."""
     outputs = graph.output_node().args[0]
-    assert isinstance(outputs, (list, tuple))
-    return [node for node in outputs if isinstance(node, Node)]
+    assert isinstance(outputs, (list, tuple)), "AOTAutograd's graphs return a tuple"
+    return list(outputs)
 
 
-def _storage(node: Node) -> int:
-    """What tells one storage from another; a number that is saved, such as a dynamic size, has its own."""
-    value = node.meta["val"]
-    return value.untyped_storage()._cdata if isinstance(value, Tensor) else id(node)
-
-
-def _num_bytes(node: Node) -> int:
-    value = node.meta["val"]
-    return _torch.size_hint(value.untyped_storage().nbytes()) if isinstance(value, Tensor) else 0
+def storages(nodes: Iterable[Any]) -> dict[int, int]:
+    """The memory of the tensors that nodes are, views once: what tells one from another, and its bytes."""
+    values = [node.meta.get("val") for node in nodes if isinstance(node, Node)]
+    memory = [tensor.untyped_storage() for tensor in _torch.tensors_in(values)]
+    return {storage._cdata: _torch.size_hint(storage.nbytes()) for storage in memory}
