@@ -3,9 +3,9 @@
     python examples/frozen.py resnet50 --shape 8 3 128 128
 
 The first convolution and its norm are trained, all else is frozen, so that backward goes through the frozen part, which
-autograd and Inductor keep the inputs of. Networks are torchvision's, with random weights; a step is forward and backward.
-The second table is one ReLU under Inductor: forward that also keeps a mask, and backward that reads one, as the
-activation itself, as booleans, and as bits.
+autograd and Inductor keep the inputs of. Networks are torchvision's, with random weights. The second table is one ReLU
+under Inductor: forward that also keeps a mask, and backward that reads one, as the activation itself, as booleans, and
+as bits.
 """
 
 from __future__ import annotations
@@ -62,26 +62,24 @@ def compiled(form: Kept) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable
 def masks(shape: tuple[int, ...], calls: int) -> dict[str, dict[str, float]]:
     """Bytes that each form of a mask takes, and milliseconds of forward and backward, medians of interleaved calls."""
     x, gradient = torch.randn(shape), torch.randn(shape)
-    functions, kept, seconds = {}, {}, {name: ([], []) for name in FORMS}  # type: ignore[var-annotated]
-    for name, form in FORMS.items():
-        torch.compiler.reset()
-        functions[name] = compiled(form)
-        kept[name] = functions[name][0](x)[1]
-        functions[name][1](kept[name], gradient)
+    functions = {name: compiled(form) for name, form in FORMS.items()}
+    kept = {name: forward(x)[1] for name, (forward, _) in functions.items()}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in FORMS}
     for _ in trange(calls, leave=False):
         for name, (forward, backward) in functions.items():
-            for call, times in zip((lambda: forward(x), lambda: backward(kept[name], gradient)), seconds[name]):  # noqa: B023, B905
-                start = time.perf_counter()
-                call()
-                times.append(1e3 * (time.perf_counter() - start))
-    return {
-        name: {"bytes": kept[name].untyped_storage().nbytes(), "forward": median(first), "backward": median(second)}
-        for name, (first, second) in seconds.items()
-    }
+            times[name].append((milliseconds(forward, x), milliseconds(backward, kept[name], gradient)))
+    rows = {}
+    for name, pairs in times.items():
+        first, second = zip(*pairs[calls // 10 + 1 :], strict=True)
+        medians = {"forward": statistics.median(first), "backward": statistics.median(second)}
+        rows[name] = {"bytes": kept[name].untyped_storage().nbytes(), **medians}
+    return rows
 
 
-def median(times: list[float]) -> float:
-    return statistics.median(times[len(times) // 10 :])
+def milliseconds(function: Callable[..., object], *arguments: Tensor) -> float:
+    start = time.perf_counter()
+    function(*arguments)
+    return 1e3 * (time.perf_counter() - start)
 
 
 def main() -> None:
