@@ -37,15 +37,13 @@ def apply(graph: Graph, budget: float | str) -> str | None:
     """
     if budget == 1.0:
         return None
-    _keep(graph, all_but_pointwise=budget == POINTWISE)
-    if isinstance(budget, str):
-        return None
     try:
-        level, note = choose(graph, budget)
+        _keep(graph, all_but_pointwise=budget == POINTWISE)
+        level, note = (1.0, None) if isinstance(budget, str) else choose(graph, budget)
     except Exception as error:  # noqa: BLE001  a user's training never dies of our optimisation
         warnings.warn(
-            f"convbn_tune could not compare memory budgets: {type(error).__name__}: {error}. AOTAutograd's own choice "
-            f"for {budget:g} is used, which is not always monotone. Please report this.",
+            f"convbn_tune left memory_budget={budget!r} to AOTAutograd, because its own choice failed: "
+            f"{type(error).__name__}: {error}. Please report this.",
             stacklevel=2,
         )
         return None
@@ -69,8 +67,8 @@ def choose(graph: Graph, budget: float) -> tuple[float, str | None]:
 
 def _keep(graph: Graph, *, all_but_pointwise: bool) -> None:
     """Forbid to recompute what draws random numbers, or else all that is not elementwise, a view or a constant."""
-    for node in graph.find_nodes(op="call_function"):
-        if _torch.is_backward(node) or "recompute" in node.meta or not _is_tensor_operator(node):
+    for node in graph.nodes:
+        if "recompute" in node.meta or _torch.is_backward(node) or not _is_tensor_operator(node):
             continue
         if _draws(node) or (all_but_pointwise and not _is_cheap(node)):
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
@@ -78,7 +76,8 @@ def _keep(graph: Graph, *, all_but_pointwise: bool) -> None:
 
 def _is_tensor_operator(node: Node) -> bool:
     """Not arithmetic of sizes, nor one output of several, which is kept or not with what has them."""
-    return not isinstance(node.target, BuiltinFunctionType) and bool(_torch.tensors_in(node.meta.get("val")))
+    is_call = node.op == "call_function" and not isinstance(node.target, BuiltinFunctionType)
+    return is_call and bool(_torch.tensors_in(node.meta.get("val")))
 
 
 def _draws(node: Node) -> bool:
