@@ -16,6 +16,7 @@ from functools import lru_cache, partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._dynamo.config
@@ -28,6 +29,7 @@ from torch._dynamo.backends.debugging import boxed_nop
 from torch._dynamo.exc import ShortenTraceback, Unsupported
 from torch._dynamo.external_utils import wrap_inline
 from torch._dynamo.pgo import get_code_state
+from torch._functorch import partitioners
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, detect_fake_mode
 from torch._inductor import list_mode_options, metrics
@@ -152,6 +154,8 @@ __all__ = [
     "redirect_inductor",
     "reshard",
     "same_size",
+    "saved_values",
+    "set_memory_budget",
     "size_hint",
     "stable_topological_sort",
     "static_inputs",
@@ -327,6 +331,45 @@ def partition(joint: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> tu
     """Forward and backward graph of a joint graph, by the min-cut partitioner that Inductor uses."""
     forward, backward = min_cut_rematerialization_partition(joint, inputs, compiler="inductor", **kwargs)
     return forward, backward
+
+
+class _FoundError(Exception):
+    """No failure: what was looked for in the partitioner is found, and the rest of it need not run."""
+
+
+def saved_values(
+    joint: fx.GraphModule, budgets: Sequence[float], *, num_fwd_outputs: int
+) -> dict[float, list[fx.Node]]:
+    """What the partitioner would save at each memory budget; `joint` is of no use afterwards.
+
+    The graphs are not made, and what budgets have in common is solved once. A budget that the user gave a region
+    (torch.autograd.graph.region_activation_memory_budget) goes before ours: then there is nothing to choose.
+
+    Hides: partitioners.choose_saved_values_set and solve_min_cut.
+    """
+    found: dict[float, list[fx.Node]] = {}
+    solved: dict[Any, Any] = {}
+    choose_plainly, solve_plainly = partitioners.choose_saved_values_set, partitioners.solve_min_cut
+
+    def solve(graph: fx.Graph, info: Any, options: Any, dont_ban: Any = None) -> Any:
+        if graph.owning_module is not joint:  # another thread's
+            return solve_plainly(graph, info, options, dont_ban)
+        key = (repr(options), frozenset(dont_ban or ()))
+        if key not in solved:
+            solved[key] = solve_plainly(graph, info, options, dont_ban)
+        return solved[key]
+
+    def choose(graph: fx.Graph, info: Any, memory_budget: float = 1) -> Any:
+        if graph.owning_module is not joint:
+            return choose_plainly(graph, info, memory_budget)
+        if memory_budget == torch._functorch.config.activation_memory_budget:
+            found.update((budget, choose_plainly(graph, info, budget)) for budget in budgets)
+        raise _FoundError
+
+    ours = mock.patch.multiple(partitioners, choose_saved_values_set=choose, solve_min_cut=solve)
+    with contextlib.suppress(_FoundError), ours:
+        partition(joint, (), num_fwd_outputs=num_fwd_outputs)
+    return found
 
 
 def is_joint(graph: fx.Graph) -> bool:
@@ -581,7 +624,7 @@ def compile_with_inductor(
     joint_pass: GraphPass | None,
     uuid: str,
     config: Mapping[str, Any],
-    memory_budget: float,
+    memory_budget: float | str,
     on_inference: CompileInference | None = None,
 ) -> CompiledFunction:
     """Compile a Dynamo graph with Inductor, `joint_pass` run first on the joint (or inference) graph.
@@ -610,7 +653,7 @@ def compile_with_aot_eager(
     *,
     joint_pass: GraphPass,
     config: Mapping[str, Any],
-    memory_budget: float,
+    memory_budget: float | str,
     on_inference: CompileInference | None = None,
     on_lowered: OnLowered = lambda _: None,
 ) -> CompiledFunction:
@@ -669,13 +712,25 @@ def _as_is(graph_module: fx.GraphModule) -> CompiledFunction:
 
 
 @contextlib.contextmanager
-def _budget(memory_budget: float) -> Iterator[None]:
-    """AOTAutograd's activation memory budget, for one compile; 1.0 leaves what the user configured."""
+def _budget(memory_budget: float | str) -> Iterator[None]:
+    """AOTAutograd's activation memory budget, for one compile; 1.0 leaves what the user configured.
+
+    A name in its place has the partitioner recompute whatever it does not think expensive, within no budget.
+    """
+    config = torch._functorch.config
     if memory_budget == 1.0:
+        patched: Any = contextlib.nullcontext()
+    elif isinstance(memory_budget, str):
+        patched = config.patch({"activation_memory_budget": 1.0, "aggressive_recomputation": True})
+    else:
+        patched = config.patch(activation_memory_budget=memory_budget)
+    with patched:
         yield
-        return
-    with torch._functorch.config.patch(activation_memory_budget=memory_budget):
-        yield
+
+
+def set_memory_budget(level: float) -> None:
+    """Another level of AOTAutograd's budget for the rest of a compile that was given one."""
+    torch._functorch.config.activation_memory_budget = level
 
 
 def compile_in_place(module: nn.Module, **kwargs: Any) -> None:
