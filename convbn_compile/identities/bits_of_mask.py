@@ -51,8 +51,8 @@ def pack(mask: Tensor, axis: int) -> Tensor:
 
 def unpack(bits: Tensor, axis: int) -> Tensor:
     """The inverse of pack."""
-    shifts = torch.arange(8, dtype=torch.int32, device=bits.device).reshape(8, *(1,) * (bits.dim() - axis))
-    return (bits.to(torch.int32).unsqueeze(axis) >> shifts & 1).to(torch.bool).flatten(axis, axis + 1)
+    values = 2 ** torch.arange(8, dtype=torch.int32, device=bits.device).reshape(8, *(1,) * (bits.dim() - axis))
+    return (bits.to(torch.int32).unsqueeze(axis) & values).ne(0).flatten(axis, axis + 1)
 
 
 @dataclass(frozen=True)
