@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from convbn_compile import _torch, joint_pass
 from convbn_compile._constants import constant_nodes
+from convbn_compile._fold_kernels import reduce_kernels
 from convbn_compile._region import OUTSIDE
 from convbn_compile.deploy import keep_constants
 from convbn_compile.options import Lowering, Mode, Options
@@ -74,7 +75,8 @@ def _lower(
     if options.lowering is Lowering.AOT_EAGER:
         return _torch.compile_with_aot_eager(gm, inputs, joint_pass=joint_pass or (lambda _: None), **common)
     joint_pass = joint_pass if options.mode.folds else None
-    return _torch.compile_with_inductor(gm, inputs, joint_pass=joint_pass, uuid=uuid(options), **common)
+    common |= {"last_pass": reduce_kernels, "uuid": uuid(options)}
+    return _torch.compile_with_inductor(gm, inputs, joint_pass=joint_pass, **common)
 
 
 def _joint_pass(
