@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch._functorch.config
 import torch._inductor.config
 from saved_bytes import fused, make, write
 from tabulate import tabulate
@@ -60,7 +61,8 @@ def not_compiled(*_: Any, **__: Any) -> Callable[..., None]:
 
 
 @mock.patch.object(AsyncCompile, "cpp_pybinding", not_compiled)
-@torch._inductor.config.patch(force_disable_caches=True)  # what is loaded from a cache is not generated
+@torch._functorch.config.patch(enable_autograd_cache=False)  # what is loaded from a cache is not written
+@torch._inductor.config.patch(fx_graph_cache=False)
 def count(function: Callable[..., Tensor], x: Tensor) -> dict[str, int]:
     """Calls of kernels, and on a CPU loops, in forward and in backward; there the function is of no use afterwards."""
     metrics.reset()
