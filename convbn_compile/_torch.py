@@ -568,7 +568,12 @@ def _chain(ours: GraphPass, uuid: str, config: Mapping[str, Any]) -> _CachedPass
 
 
 def _inner_compile(
-    gm: fx.GraphModule, inputs: Sequence[Any], *, on_inference: CompileInference | None, **kwargs: Any
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    last_pass: GraphPass,
+    on_inference: CompileInference | None,
+    **kwargs: Any,
 ) -> Any:
     """Inductor's inner compiler with its own table back: ours does not pickle, which bypasses the FX-graph cache."""
     if "get_decomp_fn" in kwargs:
@@ -577,6 +582,7 @@ def _inner_compile(
     if kwargs.get("is_backward"):
         _lay_memory_out_like(inputs, gm.graph)
     if on_inference is None or not kwargs.get("is_inference"):
+        last_pass(gm.graph)
         return compile_fx_inner(gm, inputs, **kwargs)
 
     def compile_graph(part: fx.GraphModule, part_inputs: Sequence[Any], static: Sequence[int]) -> Any:
@@ -622,6 +628,7 @@ def compile_with_inductor(
     inputs: Sequence[Tensor],
     *,
     joint_pass: GraphPass | None,
+    last_pass: GraphPass,
     uuid: str,
     config: Mapping[str, Any],
     memory_budget: float | str,
@@ -629,7 +636,8 @@ def compile_with_inductor(
 ) -> CompiledFunction:
     """Compile a Dynamo graph with Inductor, `joint_pass` run first on the joint (or inference) graph.
 
-    `on_inference` is handed each inference graph, in place of Inductor's inner compiler.
+    If there is a `joint_pass`, `last_pass` is run on forward and backward. `on_inference` is handed each inference
+    graph, in place of that and of Inductor's inner compiler.
 
     Hides: compile_fx, config.joint_custom_pre_pass, functorch's activation_memory_budget.
     """
@@ -640,7 +648,7 @@ def compile_with_inductor(
         patches[USERS_PASS] = _chain(joint_pass, uuid, config)
         arguments = {
             "decompositions": _whole_batch_norm(),
-            "inner_compile": partial(_inner_compile, on_inference=on_inference),
+            "inner_compile": partial(_inner_compile, last_pass=last_pass, on_inference=on_inference),
         }
     with _budget(memory_budget):
         compiled: Any = compile_fx(gm, inputs, config_patches=patches, **arguments)

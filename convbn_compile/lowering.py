@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from convbn_compile import _torch, joint_pass, memory_budget
 from convbn_compile._constants import constant_nodes
+from convbn_compile._fold_kernels import reduce_kernels
 from convbn_compile._region import OUTSIDE
 from convbn_compile.deploy import keep_constants
 from convbn_compile.options import Lowering, Mode, Options
@@ -88,8 +89,8 @@ def _lower(
         common["on_lowered"] = on_lowered or (lambda _: None)
         return _torch.compile_with_aot_eager(gm, inputs, joint_pass=joint_pass or (lambda _: None), **common)
     runs = options.mode.folds or options.memory_budget != 1.0
-    joint_pass = joint_pass if runs else None
-    return _torch.compile_with_inductor(gm, inputs, joint_pass=joint_pass, uuid=uuid(options), **common)
+    common |= {"last_pass": reduce_kernels, "uuid": uuid(options)}
+    return _torch.compile_with_inductor(gm, inputs, joint_pass=joint_pass if runs else None, **common)
 
 
 def _joint_pass(
