@@ -615,7 +615,8 @@ def _lay_memory_out_like(inputs: Sequence[Any], backward: fx.Graph) -> None:
     ranks = {item.dim() for item in saved if _is_only_in(item, formats[item.dim()])}
     for node in backward.find_nodes(op="call_function", target=torch.ops.aten.empty_strided.default):
         memory = node.meta["val"]
-        if memory.dim() in ranks and all(isinstance(size, int) for size in memory.shape):
+        stands_in = all(user.target is torch.ops.aten.convolution_backward.default for user in node.users)
+        if stands_in and memory.dim() in ranks and all(isinstance(size, int) for size in memory.shape):
             node.update_arg(1, list(torch.empty_like(memory, memory_format=formats[memory.dim()]).stride()))
 
 
