@@ -62,8 +62,8 @@ def test_saved_bytes(tmp_path):
 
 
 def test_finetune(tmp_path):
-    arguments = ["--steps", 3, "--lowering", "aot_eager", "--train-images", 200, "--test-images", 100]
-    printed = run("finetune.py", *arguments, "--out", tmp_path)
+    images = ["--train-images", 200, "--test-images", 100, "--batch-size", 4, "--image-size", 32]
+    printed = run("finetune.py", "--steps", 3, "--lowering", "aot_eager", *images, "--out", tmp_path)
     assert "Tune" in printed
     assert {file.suffix for file in tmp_path.iterdir()} == {".png", ".json"}
 
