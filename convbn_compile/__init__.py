@@ -1,9 +1,12 @@
 """Fine-tune convolutional networks at the cost of fused ones: torch.compile(model, backend="convbn_tune")."""
 
 from convbn_compile.deploy import refresh as refresh
+from convbn_compile.estimate import MemoryEstimate as MemoryEstimate
+from convbn_compile.estimate import estimate_memory as estimate_memory
 from convbn_compile.explain import explain as explain
 from convbn_compile.fuse import Fused as Fused
 from convbn_compile.fuse import fuse as fuse
+from convbn_compile.largest_batch import largest_batch as largest_batch
 from convbn_compile.modes import freeze_batch_norm as freeze_batch_norm
 from convbn_compile.modes import turn_off as turn_off
 from convbn_compile.modes import turn_on as turn_on

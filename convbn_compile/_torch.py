@@ -8,9 +8,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -21,34 +25,46 @@ import torch._inductor.config
 import torch.distributed
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.backends.debugging import boxed_nop
+from torch._dynamo.exc import ShortenTraceback, Unsupported
 from torch._dynamo.external_utils import wrap_inline
 from torch._dynamo.pgo import get_code_state
 from torch._functorch import partitioners
-from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, detect_fake_mode
-from torch._inductor import list_mode_options
+from torch._inductor import list_mode_options, metrics
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
 from torch._inductor.pattern_matcher import stable_topological_sort
 from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch._inductor.utils import clear_caches
 from torch._ops import OpOverload
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.autograd.profiler_legacy import profile
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    autograd_would_have_decomposed,
+    is_traceable_wrapper_subclass,
+)
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 BatchNormModule = _BatchNorm
 """The base class of nn.BatchNorm1d/2d/3d and nn.SyncBatchNorm."""
 
 ConvolutionModule = _ConvNd
 """The base class of nn.Conv1d/2d/3d and nn.ConvTranspose1d/2d/3d."""
+
+DispatchMode = TorchDispatchMode
+"""Sees every operator that is called inside of it."""
+GraphBreak = Unsupported
+"""What Dynamo raises where it would break the graph, if it must not."""
 
 CompiledFunction = Callable[..., Any]
 GraphPass = Callable[[fx.Graph], None]
@@ -57,6 +73,26 @@ CompileGraph = Callable[[fx.GraphModule, Sequence[Any], Sequence[int]], Compiled
 CompileInference = Callable[[fx.GraphModule, Sequence[Any], Sequence[int], CompileGraph], CompiledFunction]
 """Likewise, by means of a CompileGraph."""
 
+
+@dataclass(frozen=True)
+class Lowered:
+    """What AOTAutograd made of one Dynamo graph.
+
+    Attributes:
+        inputs: of the graph, as its nodes: parameters and buffers, too.
+        forward: from the inputs, and what Deploy keeps, to the outputs and what is saved for backward.
+        num_outputs: how many of forward's outputs are not there for backward.
+        backward: None if there are no gradients.
+    """
+
+    inputs: Sequence[fx.Node]
+    forward: fx.Graph
+    num_outputs: int
+    backward: fx.Graph | None = None
+
+
+OnLowered = Callable[[Lowered], None]
+
 __all__ = [
     "USERS_PASS",
     "BatchNormModule",
@@ -64,18 +100,28 @@ __all__ = [
     "CompileInference",
     "CompiledFunction",
     "ConvolutionModule",
+    "DispatchMode",
+    "GraphBreak",
     "GraphPass",
+    "Lowered",
+    "OnLowered",
     "as_traced",
     "batch_norm_ops",
     "cache_dir",
     "compile_apart",
+    "compile_caches_in",
     "compile_in_place",
     "compile_with_aot_eager",
     "compile_with_inductor",
+    "composite",
     "counts_versions",
     "ddp_forward",
     "default_decompositions",
     "evaluate",
+    "fake_copy",
+    "fake_mode_of",
+    "fake_resized",
+    "generated_kernels",
     "get_hash_for_files",
     "guarded",
     "inductor_config",
@@ -90,15 +136,19 @@ __all__ = [
     "is_function",
     "is_inductor_redirected",
     "is_joint",
+    "is_multiple",
     "is_of_torch_nn",
     "is_operator",
     "is_script",
     "is_view",
     "keep_output_strides",
     "leaving_no_trace",
+    "map_tensors",
     "mutated_inputs",
     "not_compiled_in_place",
     "num_forward_outputs",
+    "on_fakes",
+    "operators_run",
     "partition",
     "prefers_channels_last",
     "redirect_inductor",
@@ -111,7 +161,7 @@ __all__ = [
     "static_inputs",
     "takes_any_strides",
     "tensors_in",
-    "trace",
+    "traced_by_make_fx",
     "undo_compile",
     "undo_redirect_inductor",
     "versions",
@@ -156,10 +206,13 @@ def inductor_presets() -> dict[str, dict[str, Any]]:
     return dict(list_mode_options())
 
 
-def compile_apart(function: Callable[..., Any], backend: CompiledFunction) -> CompiledFunction:
-    """torch.compile with fixed sizes and, where torch can, entries that count towards no other's recompile limit."""
+def compile_apart(function: Callable[..., Any], **kwargs: Any) -> CompiledFunction:
+    """torch.compile with fixed sizes and, where torch can, entries that count towards no other's recompile limit.
+
+    With `fullgraph` a GraphBreak is raised where there would be a second graph.
+    """
     apart: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in _COMPILE_ARGUMENTS else {}
-    compiled: CompiledFunction = torch.compile(function, backend=backend, dynamic=False, **apart)
+    compiled: CompiledFunction = torch.compile(function, dynamic=False, **apart, **kwargs)
     return compiled
 
 
@@ -203,25 +256,72 @@ def _whole_batch_norm() -> dict[Any, Callable[..., Any]]:
     return {op: rule for op, rule in default_decompositions().items() if op not in batch_norm_ops()}
 
 
-def trace(function: Callable[..., Any], *values: Any) -> fx.GraphModule:
-    """The aten graph of `function` on fake tensors, decomposed as Inductor would.
+@contextlib.contextmanager
+def on_fakes(fakes: Sequence[Any]) -> Iterator[None]:
+    """Operators compute fake tensors inside, unseen by autograd, autocast and tracers further out."""
+    fake_mode = detect_fake_mode(fakes)
+    assert fake_mode is not None, "fake tensors are needed"
+    with torch.no_grad(), torch._C._DisableAutocast(), disable_proxy_modes_tracing(), fake_mode:
+        yield
 
-    Args:
-        function: takes and returns tensors (or None) only.
-        values: fake tensors of one fake mode.
-    """
-    fake_mode = detect_fake_mode(values)
-    assert fake_mode is not None, "trace() needs fake tensors"
-    with torch.no_grad(), torch._C._DisableAutocast(), fake_mode:
-        return make_fx(function, default_decompositions(), tracing_mode="real")(*values)
+
+def traced_by_make_fx(function: Callable[..., Any], fakes: Sequence[Any]) -> fx.Graph:
+    """The aten graph of `function` on fake tensors, decomposed as Inductor would."""
+    with on_fakes(fakes):
+        return make_fx(function, default_decompositions(), tracing_mode="real")(*fakes).graph
+
+
+def composite(func: Any, args: Sequence[Any]) -> CompiledFunction | None:
+    """What makes an operator of others, as autograd would."""
+    if func._can_decompose() and autograd_would_have_decomposed(func, tensors_in(args)):
+        return func.decompose  # type: ignore[no-any-return]
+    return None
 
 
 def evaluate(function: Any, *values: Any, **kwargs: Any) -> Any:
     """What `function` makes of fake tensors."""
-    fake_mode = detect_fake_mode(values)
-    assert fake_mode is not None, "evaluate() needs fake tensors"
-    with torch.no_grad(), fake_mode:
+    with on_fakes(values):
         return function(*values, **kwargs)
+
+
+# --- fake tensors ------------------------------------------------------------------------------------------------
+
+
+def fake_mode_of(tensors: Sequence[Tensor]) -> Any:
+    """The mode of those that are fake, or the active one, or a new one, which takes real tensors for fake ones."""
+    return detect_fake_mode(tensors) or FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake_copy(value: Any, tensors: Sequence[Tensor], device: torch.device | None, fake_mode: Any) -> Any:
+    """A deep copy all of whose tensors are fake, so that no memory is allocated for them.
+
+    Args:
+        value: a container of modules and tensors.
+        tensors: its tensors.
+        device: where those on meta go; None leaves them there.
+        fake_mode: that of the copies.
+    """
+    memo: dict[int, Any] = {id(tensor): _fake(tensor, device, fake_mode) for tensor in tensors}
+    with fake_mode, FakeCopyMode(fake_mode):
+        return copy.deepcopy(value, memo)
+
+
+def _fake(tensor: Tensor, device: torch.device | None, fake_mode: Any) -> Tensor:
+    if device is None or not tensor.is_meta:
+        fake: Tensor = fake_mode.from_tensor(tensor, static_shapes=True)
+        return fake
+    with fake_mode:
+        moved = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        moved.requires_grad_(tensor.requires_grad)
+        return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
+
+
+def fake_resized(tensor: Tensor, batch: int, fake_mode: Any) -> Tensor:
+    """A fake tensor like the given one, but for its size in dim 0."""
+    size = (batch, *tensor.shape[1:])
+    with fake_mode:
+        resized = torch.empty_strided(size, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        return resized.requires_grad_(tensor.requires_grad)
 
 
 # --- partitioning ------------------------------------------------------------------------------------------------
@@ -282,6 +382,11 @@ def tensors_in(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
+def map_tensors(function: Callable[[Tensor], Any], values: Any) -> Any:
+    """The same nested values with `function` of each tensor in its place."""
+    return tree_map_only(Tensor, function, values)
+
+
 def size_hint(size: int | torch.SymInt) -> int:
     """A size as a number, without a guard on it if it is dynamic: looking must not specialise the graph."""
     if isinstance(size, torch.SymInt):
@@ -304,6 +409,11 @@ def same_size(first: int | torch.SymInt, second: int | torch.SymInt) -> bool:
         return True
     difference = first - second
     return isinstance(difference, torch.SymInt) and bool(difference.node.expr.expand() == 0)
+
+
+def is_multiple(size: int | torch.SymInt, number: int) -> bool:
+    """True if a size is known to be a multiple of a number, and not 0, without a guard on it."""
+    return statically_known_true(size % number == 0) and statically_known_true(size > 0)
 
 
 def is_operator(node: fx.Node) -> bool:
@@ -464,6 +574,8 @@ def _inner_compile(
     if "get_decomp_fn" in kwargs:
         kwargs["get_decomp_fn"] = select_decomp_table
     _save_inputs_as_they_are(gm.graph)
+    if kwargs.get("is_backward"):
+        _lay_memory_out_like(inputs, gm.graph)
     if on_inference is None or not kwargs.get("is_inference"):
         return compile_fx_inner(gm, inputs, **kwargs)
 
@@ -485,6 +597,24 @@ def _save_inputs_as_they_are(forward: fx.Graph) -> None:
     if isinstance(outputs, (list, tuple)) and visible is not None:
         inputs = [index for index, node in enumerate(outputs) if isinstance(node, fx.Node) and node.op == "placeholder"]
         output.meta["user_visible_output_idxs"] = sorted({*visible, *inputs})
+
+
+def _lay_memory_out_like(inputs: Sequence[Any], backward: fx.Graph) -> None:
+    """Unwritten memory in channels_last if forward saved something of that rank so.
+
+    Convolutions choose their layout by it, as they would by the input that it stands for (torch 2.13).
+    """
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    saved = [item for item in inputs if isinstance(item, Tensor) and item.dim() in formats]
+    ranks = {item.dim() for item in saved if _is_only_in(item, formats[item.dim()])}
+    for node in backward.find_nodes(op="call_function", target=torch.ops.aten.empty_strided.default):
+        memory = node.meta["val"]
+        if memory.dim() in ranks and all(isinstance(size, int) for size in memory.shape):
+            node.update_arg(1, list(torch.empty_like(memory, memory_format=formats[memory.dim()]).stride()))
+
+
+def _is_only_in(tensor: Tensor, memory_format: torch.memory_format) -> bool:
+    return tensor.is_contiguous(memory_format=memory_format) and not tensor.is_contiguous()
 
 
 def compile_with_inductor(
@@ -525,22 +655,34 @@ def compile_with_aot_eager(
     config: Mapping[str, Any],
     memory_budget: float | str,
     on_inference: CompileInference | None = None,
+    on_lowered: OnLowered = lambda _: None,
 ) -> CompiledFunction:
     """Compile a Dynamo graph with AOTAutograd and run its graphs as they are, without code generation.
 
-    Of `config`, Inductor's, only the user's own joint pass has an effect. Hides: aot_autograd.
+    `on_lowered` is told what is run. Of `config`, Inductor's, only the user's own joint pass has an effect. Hides:
+    aot_autograd.
     """
     passes = _chain(joint_pass, "", config)
 
     def inference(graph_module: fx.GraphModule, graph_inputs: Sequence[Any]) -> CompiledFunction:
         _on_every_graph(passes, graph_module)
+        given = graph_module.graph.find_nodes(op="placeholder")
+
+        def compile_graph(part: fx.GraphModule, *_: Any) -> CompiledFunction:
+            outputs: Any = part.graph.output_node().args[0]
+            on_lowered(Lowered(given, part.graph, len(outputs)))
+            return _as_is(part)
+
         if on_inference is None:
-            return _as_is(graph_module)
-        return on_inference(graph_module, graph_inputs, static_inputs(), lambda part, *_: _as_is(part))
+            return compile_graph(graph_module)
+        return on_inference(graph_module, graph_inputs, static_inputs(), compile_graph)
 
     def partition_joint(joint: fx.GraphModule, joint_inputs: Sequence[Any], **kwargs: Any) -> Any:
         _on_every_graph(passes, joint)
-        return partition(joint, joint_inputs, **kwargs)
+        forward, backward = partition(joint, joint_inputs, **kwargs)
+        given = forward.graph.find_nodes(op="placeholder")
+        on_lowered(Lowered(given, forward.graph, kwargs["num_fwd_outputs"], backward.graph))
+        return forward, backward
 
     backend = aot_autograd(
         fw_compiler=lambda graph_module, _: _as_is(graph_module),
@@ -564,7 +706,8 @@ def _on_every_graph(passes: GraphPass, graph_module: fx.GraphModule) -> None:
 
 
 def _as_is(graph_module: fx.GraphModule) -> CompiledFunction:
-    boxed: CompiledFunction = make_boxed_func(graph_module.forward)
+    """What runs a graph and, as Inductor's code does, frees each of its inputs after the last use."""
+    boxed: CompiledFunction = boxed_nop(graph_module, [])
     return boxed
 
 
@@ -627,6 +770,47 @@ def not_compiled_in_place(module: nn.Module) -> Iterator[None]:
 def undo_compile(module: nn.Module) -> None:
     """Take nn.Module.compile() back."""
     module.__dict__.pop("_compiled_call_impl", None)
+
+
+# --- benchmarks --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def compile_caches_in(folder: Path) -> Iterator[None]:
+    """Inside, the compile caches are on, in a folder of their own, and nothing else is known of earlier compiles.
+
+    Hides: inductor.utils.clear_caches, and what turns the caches on.
+    """
+    places = {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TRITON_CACHE_DIR": str(folder / "triton")}
+    before = {name: os.environ.get(name) for name in places}
+    on = torch._inductor.config.patch(fx_graph_cache=True, fx_graph_remote_cache=False)
+    os.environ.update(places)
+    clear_caches()
+    try:
+        with on, torch._functorch.config.patch(enable_autograd_cache=True):
+            yield
+    finally:
+        clear_caches()
+        for name in places:
+            os.environ.pop(name)
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def generated_kernels(function: Callable[[], Any]) -> tuple[Any, int]:
+    """What a function returns, and how many kernels Inductor generated meanwhile. Hides: inductor.metrics."""
+    before = metrics.generated_kernel_count
+    result = function()
+    return result, metrics.generated_kernel_count - before
+
+
+def operators_run(function: Callable[[], Any]) -> Counter[str]:
+    """How often each operator ran meanwhile, compiled or not, those inside of others included.
+
+    Hides: profiler_legacy, which unlike its successor writes nothing to stderr.
+    """
+    with profile() as events:  # type: ignore[no-untyped-call]
+        function()
+    return Counter(event.name for event in events.function_events)
 
 
 # --- torch.compile(backend="inductor") ---------------------------------------------------------------------------

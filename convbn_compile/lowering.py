@@ -23,7 +23,13 @@ OnReport = Callable[[Report], None]
 
 
 def lower(
-    gm: fx.GraphModule, inputs: Sequence[Tensor], options: Options, on_report: OnReport, *, measure: bool = False
+    gm: fx.GraphModule,
+    inputs: Sequence[Tensor],
+    options: Options,
+    on_report: OnReport,
+    *,
+    measure: bool = False,
+    on_lowered: _torch.OnLowered | None = None,
 ) -> _torch.CompiledFunction:
     """Compile one Dynamo graph.
 
@@ -34,6 +40,7 @@ def lower(
         on_report: called with the report of the joint pass each time that it runs; it does not run in the modes train
             and eval, unless there is a memory budget, nor on a graph that comes from the compile cache.
         measure: find the bytes saved for backward before and after, which takes two more runs of the partitioner.
+        on_lowered: called with the graphs that run in the end, if the lowering is aot_eager.
     """
     failures: list[Exception] = []
     if _torch.is_ddp_part(gm):
@@ -41,11 +48,11 @@ def lower(
     keeps = options.mode is Mode.DEPLOY and _torch.counts_versions(gm, inputs)
     run = _joint_pass(options, on_report, failures.append, measure=measure, keeps=keeps)
     try:
-        return _lower(gm, inputs, options, run, keeps=keeps)
+        return _lower(gm, inputs, options, run, keeps=keeps, on_lowered=on_lowered)
     except Exception:
         if not failures:
             raise
-        return _lower(gm, inputs, options, None, keeps=keeps)
+        return _lower(gm, inputs, options, None, keeps=keeps, on_lowered=on_lowered)
 
 
 SPLIT_BY_DDP = "DistributedDataParallel splits the graph at the boundaries of its gradient buckets"
@@ -63,7 +70,13 @@ def _naming_ddp(on_report: OnReport) -> OnReport:
 
 
 def _lower(
-    gm: fx.GraphModule, inputs: Sequence[Tensor], options: Options, joint_pass: _torch.GraphPass | None, *, keeps: bool
+    gm: fx.GraphModule,
+    inputs: Sequence[Tensor],
+    options: Options,
+    joint_pass: _torch.GraphPass | None,
+    *,
+    keeps: bool,
+    on_lowered: _torch.OnLowered | None,
 ) -> _torch.CompiledFunction:
     """Compile it; if it `keeps`, what is made of parameters and buffers alone is kept between calls."""
     common: dict[str, Any] = {"config": options.inductor, "memory_budget": options.memory_budget}
@@ -72,6 +85,7 @@ def _lower(
     if keeps:
         common["on_inference"] = partial(keep_constants, for_inductor=options.lowering is Lowering.INDUCTOR)
     if options.lowering is Lowering.AOT_EAGER:
+        common["on_lowered"] = on_lowered or (lambda _: None)
         return _torch.compile_with_aot_eager(gm, inputs, joint_pass=joint_pass or (lambda _: None), **common)
     runs = options.mode.folds or options.memory_budget != 1.0
     joint_pass = joint_pass if runs else None

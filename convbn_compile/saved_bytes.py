@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from convbn_compile import _torch
@@ -17,14 +17,14 @@ def saved_bytes(joint: Graph) -> int:
     copied = _copied(joint)
     outputs = _torch.num_forward_outputs(joint)
     forward, _ = _torch.partition(copied, (), num_fwd_outputs=outputs)
-    return _num_bytes_of(_output_nodes(forward.graph)[outputs:], forward.graph)
+    return kept_bytes(forward.graph, outputs)
 
 
 def saved_bytes_at(joint: Graph, budgets: Sequence[float]) -> dict[float, int]:
     """The same for each of several memory budgets, in one run of the partitioner."""
     copied = _copied(joint)
     saved = _torch.saved_values(copied, budgets, num_fwd_outputs=_torch.num_forward_outputs(joint))
-    return {budget: _num_bytes_of(nodes, copied.graph) for budget, nodes in saved.items()}
+    return {budget: _num_bytes(copied.graph, nodes) for budget, nodes in saved.items()}
 
 
 def _copied(joint: Graph) -> GraphModule:
@@ -36,26 +36,26 @@ def _copied(joint: Graph) -> GraphModule:
     return copied
 
 
-def _num_bytes_of(saved: Iterable[Node], graph: Graph) -> int:
-    """Bytes of what is saved, without the inputs of the graph."""
-    given = {_storage(node) for node in graph.find_nodes(op="placeholder")}
-    return sum(
-        _num_bytes(node) for storage, node in {_storage(node): node for node in saved}.items() if storage not in given
-    )
+def kept_bytes(forward: Graph, num_outputs: int) -> int:
+    """Bytes that a forward graph hands on after its first `num_outputs` outputs, its inputs not counted."""
+    return _num_bytes(forward, returned(forward)[num_outputs:])
 
 
-def _output_nodes(graph: Graph) -> list[Node]:
+def _num_bytes(graph: Graph, nodes: Iterable[Any]) -> int:
+    """Bytes of what nodes of a graph are, the graph's inputs not counted."""
+    given = storages(graph.find_nodes(op="placeholder"))
+    return sum(size for storage, size in storages(nodes).items() if storage not in given)
+
+
+def returned(graph: Graph) -> list[Any]:
+    """The outputs of a graph: nodes, or None."""
     outputs = graph.output_node().args[0]
-    assert isinstance(outputs, (list, tuple))
-    return [node for node in outputs if isinstance(node, Node)]
+    assert isinstance(outputs, (list, tuple)), "AOTAutograd's graphs return a tuple"
+    return list(outputs)
 
 
-def _storage(node: Node) -> int:
-    """What tells one storage from another; a number that is saved, such as a dynamic size, has its own."""
-    value = node.meta["val"]
-    return value.untyped_storage()._cdata if isinstance(value, Tensor) else id(node)
-
-
-def _num_bytes(node: Node) -> int:
-    value = node.meta["val"]
-    return _torch.size_hint(value.untyped_storage().nbytes()) if isinstance(value, Tensor) else 0
+def storages(nodes: Iterable[Any]) -> dict[int, int]:
+    """The memory of the tensors that nodes are, views once: what tells one from another, and its bytes."""
+    values = [node.meta.get("val") for node in nodes if isinstance(node, Node)]
+    memory = [tensor.untyped_storage() for tensor in _torch.tensors_in(values)]
+    return {storage._cdata: _torch.size_hint(storage.nbytes()) for storage in memory}
