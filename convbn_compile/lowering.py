@@ -39,7 +39,7 @@ def lower(
         inputs: its inputs, as Dynamo hands them over.
         options: what the user asked for.
         on_report: called with the report of the joint pass each time that it runs; it does not run in the modes train
-            and eval, nor on a graph that comes from the compile cache.
+            and eval, unless there is a memory budget, nor on a graph that comes from the compile cache.
         measure: find the bytes saved for backward before and after, which takes two more runs of the partitioner.
         on_lowered: called with the graphs that run in the end, if the lowering is aot_eager.
     """

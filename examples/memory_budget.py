@@ -1,9 +1,9 @@
-"""How many bytes a network saves for backward at each memory budget, in the modes Eval and Tune.
+"""How many bytes a network saves for backward at each memory budget, in the modes Eval and Tune, and its peak.
 
     python examples/memory_budget.py resnet50 --shape 2 3 128 128
     python examples/memory_budget.py timm:repvgg_a0 --budgets 1 0.5 --json budgets.json
 
-Counted as in saved_bytes.py, on the graphs that Inductor gets, without code generation.
+Nothing is run: convbn_compile.estimate_memory adds up the graphs that Inductor gets.
 """
 
 from __future__ import annotations
@@ -17,23 +17,19 @@ from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
-from convbn_compile.measure import saved_for_backward
+import convbn_compile
 
 BUDGETS = ("1", "0.99", "pointwise", "0.5", "0.25", "0.1")
+MODES = ("eval", "tune")
 
 
-def measure(model: nn.Module, shape: tuple[int, ...], budgets: list[str]) -> dict[str, dict[str, int]]:
-    """Bytes saved for one batch of random images: budget, then mode, to bytes."""
-    x, rows = torch.randn(shape), {}
-    for budget in tqdm(budgets, desc=type(model).__name__, leave=False):
+def measure(model: nn.Module, shape: tuple[int, ...], budgets: list[str]) -> dict[str, dict[str, dict[str, int]]]:
+    """Budget, then mode, to bytes, for one batch of images."""
+    x, model = torch.empty(shape, device="meta"), model.to("meta")
+    rows: dict[str, dict[str, dict[str, int]]] = {budget: {} for budget in budgets}
+    for budget, mode in tqdm([(budget, mode) for budget in budgets for mode in MODES], leave=False):
         value = budget if budget.isalpha() else float(budget)
-        rows[budget] = {}
-        for mode in ("eval", "tune"):
-            torch.compiler.reset()
-            options = {"mode": mode, "memory_budget": value, "lowering": "aot_eager"}
-            rows[budget][mode] = saved_for_backward(
-                torch.compile(model, backend="convbn_tune", options=options), model, x
-            )
+        rows[budget][mode] = convbn_compile.estimate_memory(model, x, mode=mode, memory_budget=value).to_dict()
     return rows
 
 
@@ -46,8 +42,12 @@ def main() -> None:
     arguments = parser.parse_args()
     shape = tuple(arguments.shape)
     rows = measure(make(arguments.model), shape, arguments.budgets)
-    table = [[budget, *(f"{number / MIB:.2f}" for number in row.values())] for budget, row in rows.items()]
-    print(tabulate(table, headers=["budget", "Eval, MiB", "Tune, MiB"], disable_numparse=True))
+    kinds = [(kind, mode) for kind in ("saved", "peak") for mode in MODES]
+    table = [
+        [budget, *(f"{row[mode][f'{kind}_bytes'] / MIB:.2f}" for kind, mode in kinds)] for budget, row in rows.items()
+    ]
+    headers = ["MiB", *(f"{kind}, {mode.capitalize()}" for kind, mode in kinds)]
+    print(tabulate(table, headers=headers, disable_numparse=True))
     if arguments.json:
         write(arguments.json, {"bytes": rows}, model=arguments.model, shape=shape)
 

@@ -95,3 +95,10 @@ def test_train_and_evaluate():
     assert len(rows) == 2
     assert all(deployed == eager and float(difference) <= 1e-5 for _, _, deployed, eager, difference, _ in rows)
     assert float(rows[0][2]) < float(rows[1][2])
+
+
+def test_memory_budget(tmp_path):
+    arguments = ["--shape", 1, 3, 64, 64, "--budgets", "pointwise", "--json", tmp_path / "budget.json"]
+    assert "peak, Tune" in run("memory_budget.py", "resnet18", *arguments)
+    row = json.loads((tmp_path / "budget.json").read_text())["bytes"]["pointwise"]
+    assert 0 < row["tune"]["saved_bytes"] <= row["eval"]["saved_bytes"]

@@ -95,12 +95,12 @@ def random_net(seed):
 
 def test_aotautograds_solver_is_not_monotone_and_ours_is_and_says_so():
     _, joint = joints(not_monotone(), (2, 3, 16, 16))
-    plain = saved_bytes_at(joint.graph, (0.9, 0.65))
-    assert plain[0.9] < plain[0.65]
-    assert budgeted(joint, 0.65) == plain[0.9]
-    level, note = memory_budget.choose(joint.graph, 0.65)
-    assert level == 0.9
-    assert note == "memory budget 0.9 in place of 0.65: AOTAutograd saves 0.01 MiB less with it"
+    plain = saved_bytes_at(joint.graph, (0.95, 0.7))
+    assert plain[0.95] < plain[0.7]
+    assert budgeted(joint, 0.7) == plain[0.95]
+    level, note = memory_budget.choose(joint.graph, 0.7)
+    assert level == 0.95
+    assert note == "memory budget 0.95 in place of 0.7: AOTAutograd saves 0.01 MiB less with it"
 
 
 @pytest.mark.parametrize("seed", [*range(4), None])
@@ -214,7 +214,7 @@ def test_random_numbers_are_not_drawn_again_by_inductor():
     assert max(relative_errors(found, wanted).values()) < 1e-8
 
 
-@pytest.mark.parametrize("budget", [POINTWISE, 0.65])
+@pytest.mark.parametrize("budget", [POINTWISE, 0.7])
 def test_what_is_told_is_what_is_saved(budget):
     """Before: plain Inductor's at the same budget. After: what a call saves. The config is as before."""
     net, x = randomise(not_monotone()), torch.randn(2, 3, 16, 16)
@@ -226,7 +226,7 @@ def test_what_is_told_is_what_is_saved(budget):
     saved = saved_for_backward(torch.compile(net, backend=backend), net, x)
     (report,) = reports
     assert report.saved_bytes_after == saved <= report.saved_bytes_before
-    assert bool(report.notes) == (budget == 0.65)
+    assert bool(report.notes) == (budget == 0.7)
     assert all(note in report.totals() for note in report.notes)
     assert torch._functorch.config.activation_memory_budget == 1.0
     assert not torch._functorch.config.aggressive_recomputation
