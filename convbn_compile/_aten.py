@@ -343,10 +343,21 @@ def is_kept(node: Node) -> bool:
     return any(is_kept(user) for user in node.users if _torch.is_view(user))
 
 
-def kept_copies(node: Node) -> list[Node]:
-    """The node, and casts of it to a narrower dtype, each if it, or a padded copy of it, is kept."""
-    narrowed = [user for user in node.users if user.target is convert_element_type and _is_narrower(user, node)]
+def kept_copies(node: Node, source: Node) -> list[Node]:
+    """An activation's output and, if its input is a cast of that dtype, casts of it to a narrower one; those kept.
+
+    A copy counts as kept if it, or a padded copy of it, is.
+    """
+    narrowed = [
+        user
+        for user in node.users
+        if user.target is convert_element_type and _is_narrower(user, node) and _is_cast_from(source, value(user).dtype)
+    ]
     return [copy for copy in (node, *narrowed) if any(map(is_kept, (copy, *_padded(copy))))]
+
+
+def _is_cast_from(node: Node, dtype: torch.dtype) -> bool:
+    return node.target is convert_element_type and value(bind(node)["a"]).dtype == dtype
 
 
 def _is_narrower(node: Node, other: Node) -> bool:

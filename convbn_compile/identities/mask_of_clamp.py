@@ -8,8 +8,8 @@
 Legal because a clamp is the identity strictly between its bounds and maps the rest onto them.
 Exact bit for bit, NaN included: it passes through the clamp, and compares false on both sides.
 Where the next convolution keeps z, or a padded copy of it, neither x nor the mask need be saved.
-If it keeps z rounded to a narrower dtype that has a and b, the mask is that of x rounded likewise, which is eager's: an
-activation of that dtype is computed in a wide one, and rounding keeps the order of numbers.
+An activation of a narrow dtype is computed in a wide one: where x is a cast of that dtype, which has a and b, z may be
+kept in it.
 Does not apply if: the bounds are tensors, or a >= b; or nothing keeps z, so that x or what it is made of may be dearer.
 """
 
@@ -57,7 +57,9 @@ def match(node: Node) -> Match | None:
     # an in-place clamp saves a clone of its input for backward
     readers = [reader for same in (source, *_clones(source)) for reader in same.users]
     comparisons = [reader for reader in readers if reader.args[1:] and (reader.target, reader.args[1]) in wanted]
-    kept = [copy for copy in kept_copies(node) if all(_has(value(copy).dtype, bound) for bound in (lower, upper))]
+    kept = [
+        copy for copy in kept_copies(node, source) if all(_has(value(copy).dtype, bound) for bound in (lower, upper))
+    ]
     later = tuple(comparison for comparison in comparisons if kept and kept[0] < comparison)
     return Match(kept[0], later) if later else None
 

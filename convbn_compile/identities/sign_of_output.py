@@ -80,7 +80,7 @@ def match(node: Node) -> Match | None:
 def _kept(node: Node, source: Node, below: Below) -> Match | None:
     """The match of an activation, if its output is kept, and wide enough, and tells all that backward reads."""
     wide = 0 if below.exponent is None else 4
-    kept = next((copy for copy in kept_copies(node) if value(copy).dtype.itemsize >= wide), None)
+    kept = next((copy for copy in kept_copies(node, source) if value(copy).dtype.itemsize >= wide), None)
     readers = [reader for reader in source.users if kept is not None and kept < reader]
     signs = tuple(reader for reader in readers if _is_sign(reader))
     exponentials: tuple[Node, ...] = ()
