@@ -213,7 +213,7 @@ def test_peak_of_the_process_where_it_can_only_be_watched(monkeypatch, tmp_path)
     [
         ({"contenders": ["tuned"]}, "Unknown contender 'tuned'. Did you mean 'tune'? Known: eager, train, inductor"),
         ({"contenders": ["eager@0.5"]}, "inductor and tune also with a memory budget, such as tune@0.5."),
-        ({"contenders": ["tune@2"]}, "memory_budget must be in (0, 1], got 2.0"),
+        ({"contenders": ["tune@2"]}, "memory_budget must be a number in (0, 1], or 'pointwise'"),
         ({"contenders": ["tune", "tune"]}, "contenders: 'tune' is there twice."),
         ({"contenders": []}, "contenders: there is none."),
         ({"reference": "deploy"}, "reference must be one of the contenders, eager; got 'deploy'."),
@@ -398,7 +398,7 @@ def test_code_1_if_nothing_could_run(model, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--contenders", "tuned"], "argument --contenders: Unknown contender 'tuned'. Did you mean 'tune'?"),
-        (["--contenders", "tune@0"], "memory_budget must be in (0, 1], got 0.0"),
+        (["--contenders", "tune@0"], "memory_budget must be a number in (0, 1], or 'pointwise'"),
         (["--contenders", "tune", "tune"], "contenders: 'tune' is there twice."),
         (["--dtype", "float31"], "argument --dtype: Unknown dtype 'float31'."),
         (["--batch", "0"], "argument --batch: '0' is no number of 1 or more"),

@@ -151,7 +151,7 @@ class Uncopied(nn.Conv2d):
             "but Uncopied or what it is called with cannot be copied (copy.deepcopy): no c",
         ),
         (lambda: nn.Sequential(nn.LazyConv2d(4, 3)), {}, "but 0.weight is lazy: call the model once before."),
-        (small, {"memory_budget": 2}, "memory_budget must be in (0, 1], got 2."),
+        (small, {"memory_budget": 2}, "memory_budget must be a number in (0, 1], or 'pointwise'"),
         (small, {"mode": "tunes"}, "Unknown mode 'tunes'. Did you mean 'tune'?"),
         (small, {"options": {"foldd": "auto"}}, "Unknown option: 'foldd'"),
     ],
