@@ -1,10 +1,11 @@
 # make demo: fine-tune a real pretrained network in Tune mode.   make test: lint, types, tests.
 # make fuzz: random networks against eager.   make zoo: real models of timm, torchvision, transformers against eager.
+# make benchmarks: the tables and plots of docs/benchmarks, and README's table, from the JSON there.
 # Each makes its own virtual environment, with the versions of constraints.txt.
 
 PYTHON ?= python3
 
-.PHONY: demo test fuzz zoo clean
+.PHONY: benchmarks demo test fuzz zoo clean
 
 demo: .venv-demo/installed
 	.venv-demo/bin/python examples/finetune.py --out examples/out
@@ -20,6 +21,9 @@ fuzz: .venv-test/installed
 
 zoo: .venv-zoo/installed
 	PYTHONPATH=examples .venv-zoo/bin/python tests/zoo.py --out docs/zoo.md
+
+benchmarks: .venv-test/installed
+	.venv-test/bin/python docs/benchmarks/make_pages.py
 
 .venv-demo/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-demo

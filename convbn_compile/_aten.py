@@ -336,16 +336,38 @@ class Gradients:
 
 
 def is_kept(node: Node) -> bool:
-    """True if a linear operator reads the node, or a view of it, in backward: it is saved, or made from what is."""
+    """True if a linear operator needs the node, or a view of it, in backward: it is saved, or made from what is."""
     readers = [reader for reader in node.users if _torch.is_backward(reader)]
-    if any(reader.target in _LINEAR_IN_BACKWARD for reader in readers):
+    if any(_needs(reader, node) for reader in readers):
         return True
     return any(is_kept(user) for user in node.users if _torch.is_view(user))
 
 
-_LINEAR_IN_BACKWARD = frozenset(
-    {aten.convolution_backward.default, aten.mm.default, aten.addmm.default, aten.bmm.default}
-)
+def kept_copies(node: Node) -> list[Node]:
+    """The node, and casts of it to a narrower dtype, each if it, or a padded copy of it, is kept."""
+    narrowed = [user for user in node.users if user.target is convert_element_type and _is_narrower(user, node)]
+    return [copy for copy in (node, *narrowed) if any(map(is_kept, (copy, *_padded(copy))))]
+
+
+def _is_narrower(node: Node, other: Node) -> bool:
+    return value(node).is_floating_point() and value(node).dtype.itemsize < value(other).dtype.itemsize
+
+
+def _padded(node: Node) -> list[Node]:
+    return [user for user in node.users if user.target is aten.constant_pad_nd.default]
+
+
+def _needs(reader: Node, node: Node) -> bool:
+    """True if a linear operator of backward reads the node's values; of some operands only the shape matters."""
+    if reader.target is not aten.convolution_backward.default:
+        return reader.target in _PRODUCTS
+    arguments = bind(reader)
+    input_matters, weight_matters = arguments["output_mask"][1], arguments["output_mask"][0]
+    read = {"grad_output": True, "input": input_matters, "weight": weight_matters}
+    return any(arguments[name] is node and matters for name, matters in read.items())
+
+
+_PRODUCTS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default})
 
 
 def value(node: Node) -> Tensor:

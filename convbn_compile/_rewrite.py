@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from convbn_compile._aten import before_cast, value
+from convbn_compile._fold_kernels import FOLDED
 from convbn_compile._form import Form, Steps, Value, operands, over, plus, with_tensors
 from convbn_compile._layout import REAPPLIED
 from convbn_compile._match import Match, additions, is_addition
@@ -103,6 +104,7 @@ def _rewrite_forward(found: Match) -> None:
 
     steps = [affine.steps for affine in output.ancestors()]
     terms = _splice(fold, found, steps, before=output.node, recompute=True)
+    _mark(terms[0])
 
     def forward(input: Any, folded_weight: Any, shift: Any, itself: Any) -> Any:
         return theorem.forward(input, folded_weight, shift, found.merged, itself)
@@ -195,7 +197,14 @@ def _splice_weight(found: Match, scales: Sequence[Sequence[Steps]], *, before: N
 
     chains = [steps for alternatives in scales for steps in alternatives]
     (weight,) = _splice(fold, found, chains, before=before, recompute=True)
+    return _mark(weight)
+
+
+def _mark(weight: Node | None) -> Node:
+    """Say of a folded weight that it is one."""
     assert weight is not None
+    if weight.op == "call_function":
+        weight.meta[FOLDED] = True
     return weight
 
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from convbn_compile import _torch
 from convbn_compile._aten import aten, convert_element_type, value
 from convbn_compile._layout import same_sizes
+from convbn_compile._trace import Traces, trace
 
 _OF_THE_VALUE = ("val", "tensor_meta", "original_aten", "eager_input_vals", "from_node")
 
@@ -23,6 +24,7 @@ def splice(
     before: Node,
     like: Node | None = None,
     recompute: bool = False,
+    traces: Traces | None = None,
 ) -> list[Node | None]:
     """Insert what `function` does, decomposed as Inductor would, and return the nodes of its outputs.
 
@@ -32,35 +34,25 @@ def splice(
         before: where the new nodes go.
         like: whose source line, module path and region the new nodes take over; `before` if not given.
         recompute: the new nodes are never saved for backward but computed again there.
+        traces: where the function may have been traced before.
     """
     graph, like = before.graph, like or before
-    nodes = [argument for argument in arguments if argument is not None]
-
-    def of_tensors(*tensors: Any) -> Any:
-        rest = iter(tensors)
-        return function(*(None if argument is None else next(rest) for argument in arguments))
-
-    traced = _torch.trace(of_tensors, *(node.meta["val"] for node in nodes)).graph
-    placed = dict(zip(traced.find_nodes(op="placeholder"), nodes, strict=True))
+    fakes = [None if argument is None else argument.meta["val"] for argument in arguments]
+    traced = trace(function, fakes) if traces is None else traces.of(function, fakes)
+    placed: dict[Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), arguments, strict=True))
     inherited = {key: item for key, item in like.meta.items() if key not in _OF_THE_VALUE}
-    with graph.inserting_before(before):
-        for node in traced.nodes:
-            if node.op == "call_function":
-                placed[node] = _copy(node, graph, placed, inherited, recompute=recompute)
-            assert node.op in ("placeholder", "call_function", "output"), f"cannot splice {node.format_node()}"
-    outputs = traced.output_node().args[0]
-    outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-    return [None if output is None else placed[output] for output in outputs]
-
-
-def _copy(node: Node, graph: Graph, placed: dict[Node, Node], inherited: dict[str, Any], *, recompute: bool) -> Node:
-    """Copy one traced node into `graph`."""
-    copied = graph.node_copy(node, placed.__getitem__)
-    copied.meta = {**inherited, **{key: node.meta[key] for key in _OF_THE_VALUE if key in node.meta}}
     if recompute:
-        copied.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-        copied.meta.setdefault("ac_graph_id", 0)
-    return copied
+        inherited["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+        inherited.setdefault("ac_graph_id", 0)
+    with graph.inserting_before(before):
+        for node in traced.graph.nodes:
+            if node.op == "call_function":
+                placed[node] = graph.node_copy(node, placed.__getitem__)
+                placed[node].meta = {**inherited, "val": traced.fakes[node]}
+            assert node.op in ("placeholder", "call_function", "output"), f"cannot splice {node.format_node()}"
+    outputs = traced.graph.output_node().args[0]
+    outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    return [None if output is None else placed[output] for output in outputs]  # type: ignore[index]
 
 
 def replace(old: Node, new: Node) -> None:

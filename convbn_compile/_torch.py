@@ -8,11 +8,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._dynamo.config
@@ -26,23 +30,30 @@ from torch._dynamo.eval_frame import remove_from_cache
 from torch._dynamo.exc import ShortenTraceback, Unsupported
 from torch._dynamo.external_utils import wrap_inline
 from torch._dynamo.pgo import get_code_state
+from torch._functorch import partitioners
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, detect_fake_mode
-from torch._inductor import list_mode_options
+from torch._inductor import list_mode_options, metrics
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
 from torch._inductor.pattern_matcher import stable_topological_sort
 from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch._inductor.utils import clear_caches
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.autograd.profiler_legacy import profile
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    autograd_would_have_decomposed,
+    is_traceable_wrapper_subclass,
+)
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 BatchNormModule = _BatchNorm
@@ -51,6 +62,8 @@ BatchNormModule = _BatchNorm
 ConvolutionModule = _ConvNd
 """The base class of nn.Conv1d/2d/3d and nn.ConvTranspose1d/2d/3d."""
 
+DispatchMode = TorchDispatchMode
+"""Sees every operator that is called inside of it."""
 GraphBreak = Unsupported
 """What Dynamo raises where it would break the graph, if it must not."""
 
@@ -88,6 +101,7 @@ __all__ = [
     "CompileInference",
     "CompiledFunction",
     "ConvolutionModule",
+    "DispatchMode",
     "GraphBreak",
     "GraphPass",
     "Lowered",
@@ -96,9 +110,11 @@ __all__ = [
     "batch_norm_ops",
     "cache_dir",
     "compile_apart",
+    "compile_caches_in",
     "compile_in_place",
     "compile_with_aot_eager",
     "compile_with_inductor",
+    "composite",
     "counts_versions",
     "ddp_forward",
     "default_decompositions",
@@ -107,6 +123,7 @@ __all__ = [
     "fake_mode_of",
     "fake_resized",
     "forget_compiled",
+    "generated_kernels",
     "get_hash_for_files",
     "guarded",
     "inductor_config",
@@ -121,6 +138,7 @@ __all__ = [
     "is_function",
     "is_inductor_redirected",
     "is_joint",
+    "is_multiple",
     "is_of_torch_nn",
     "is_operator",
     "is_script",
@@ -131,17 +149,21 @@ __all__ = [
     "mutated_inputs",
     "not_compiled_in_place",
     "num_forward_outputs",
+    "on_fakes",
+    "operators_run",
     "partition",
     "prefers_channels_last",
     "redirect_inductor",
     "reshard",
     "same_size",
+    "saved_values",
+    "set_memory_budget",
     "size_hint",
     "stable_topological_sort",
     "static_inputs",
     "takes_any_strides",
     "tensors_in",
-    "trace",
+    "traced_by_make_fx",
     "undo_compile",
     "undo_redirect_inductor",
     "versions",
@@ -186,15 +208,13 @@ def inductor_presets() -> dict[str, dict[str, Any]]:
     return dict(list_mode_options())
 
 
-def compile_apart(
-    function: Callable[..., Any], backend: CompiledFunction, *, fullgraph: bool = False
-) -> CompiledFunction:
+def compile_apart(function: Callable[..., Any], **kwargs: Any) -> CompiledFunction:
     """torch.compile with fixed sizes and, where torch can, entries that count towards no other's recompile limit.
 
     With `fullgraph` a GraphBreak is raised where there would be a second graph.
     """
     apart: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in _COMPILE_ARGUMENTS else {}
-    compiled: CompiledFunction = torch.compile(function, backend=backend, dynamic=False, fullgraph=fullgraph, **apart)
+    compiled: CompiledFunction = torch.compile(function, dynamic=False, **apart, **kwargs)
     return compiled
 
 
@@ -243,24 +263,31 @@ def _whole_batch_norm() -> dict[Any, Callable[..., Any]]:
     return {op: rule for op, rule in default_decompositions().items() if op not in batch_norm_ops()}
 
 
-def trace(function: Callable[..., Any], *values: Any) -> fx.GraphModule:
-    """The aten graph of `function` on fake tensors, decomposed as Inductor would.
+@contextlib.contextmanager
+def on_fakes(fakes: Sequence[Any]) -> Iterator[None]:
+    """Operators compute fake tensors inside, unseen by autograd, autocast and tracers further out."""
+    fake_mode = detect_fake_mode(fakes)
+    assert fake_mode is not None, "fake tensors are needed"
+    with torch.no_grad(), torch._C._DisableAutocast(), disable_proxy_modes_tracing(), fake_mode:
+        yield
 
-    Args:
-        function: takes and returns tensors (or None) only.
-        values: fake tensors of one fake mode.
-    """
-    fake_mode = detect_fake_mode(values)
-    assert fake_mode is not None, "trace() needs fake tensors"
-    with torch.no_grad(), torch._C._DisableAutocast(), fake_mode:
-        return make_fx(function, default_decompositions(), tracing_mode="real")(*values)
+
+def traced_by_make_fx(function: Callable[..., Any], fakes: Sequence[Any]) -> fx.Graph:
+    """The aten graph of `function` on fake tensors, decomposed as Inductor would."""
+    with on_fakes(fakes):
+        return make_fx(function, default_decompositions(), tracing_mode="real")(*fakes).graph
+
+
+def composite(func: Any, args: Sequence[Any]) -> CompiledFunction | None:
+    """What makes an operator of others, as autograd would."""
+    if func._can_decompose() and autograd_would_have_decomposed(func, tensors_in(args)):
+        return func.decompose  # type: ignore[no-any-return]
+    return None
 
 
 def evaluate(function: Any, *values: Any, **kwargs: Any) -> Any:
     """What `function` makes of fake tensors."""
-    fake_mode = detect_fake_mode(values)
-    assert fake_mode is not None, "evaluate() needs fake tensors"
-    with torch.no_grad(), fake_mode:
+    with on_fakes(values):
         return function(*values, **kwargs)
 
 
@@ -313,6 +340,45 @@ def partition(joint: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> tu
     return forward, backward
 
 
+class _FoundError(Exception):
+    """No failure: what was looked for in the partitioner is found, and the rest of it need not run."""
+
+
+def saved_values(
+    joint: fx.GraphModule, budgets: Sequence[float], *, num_fwd_outputs: int
+) -> dict[float, list[fx.Node]]:
+    """What the partitioner would save at each memory budget; `joint` is of no use afterwards.
+
+    The graphs are not made, and what budgets have in common is solved once. A budget that the user gave a region
+    (torch.autograd.graph.region_activation_memory_budget) goes before ours: then there is nothing to choose.
+
+    Hides: partitioners.choose_saved_values_set and solve_min_cut.
+    """
+    found: dict[float, list[fx.Node]] = {}
+    solved: dict[Any, Any] = {}
+    choose_plainly, solve_plainly = partitioners.choose_saved_values_set, partitioners.solve_min_cut
+
+    def solve(graph: fx.Graph, info: Any, options: Any, dont_ban: Any = None) -> Any:
+        if graph.owning_module is not joint:  # another thread's
+            return solve_plainly(graph, info, options, dont_ban)
+        key = (repr(options), frozenset(dont_ban or ()))
+        if key not in solved:
+            solved[key] = solve_plainly(graph, info, options, dont_ban)
+        return solved[key]
+
+    def choose(graph: fx.Graph, info: Any, memory_budget: float = 1) -> Any:
+        if graph.owning_module is not joint:
+            return choose_plainly(graph, info, memory_budget)
+        if memory_budget == torch._functorch.config.activation_memory_budget:
+            found.update((budget, choose_plainly(graph, info, budget)) for budget in budgets)
+        raise _FoundError
+
+    ours = mock.patch.multiple(partitioners, choose_saved_values_set=choose, solve_min_cut=solve)
+    with contextlib.suppress(_FoundError), ours:
+        partition(joint, (), num_fwd_outputs=num_fwd_outputs)
+    return found
+
+
 def is_joint(graph: fx.Graph) -> bool:
     """True if the graph has a backward part."""
     return any(node.name.startswith("tangents_") for node in graph.find_nodes(op="placeholder"))
@@ -350,6 +416,11 @@ def same_size(first: int | torch.SymInt, second: int | torch.SymInt) -> bool:
         return True
     difference = first - second
     return isinstance(difference, torch.SymInt) and bool(difference.node.expr.expand() == 0)
+
+
+def is_multiple(size: int | torch.SymInt, number: int) -> bool:
+    """True if a size is known to be a multiple of a number, and not 0, without a guard on it."""
+    return statically_known_true(size % number == 0) and statically_known_true(size > 0)
 
 
 def is_operator(node: fx.Node) -> bool:
@@ -504,13 +575,21 @@ def _chain(ours: GraphPass, uuid: str, config: Mapping[str, Any]) -> _CachedPass
 
 
 def _inner_compile(
-    gm: fx.GraphModule, inputs: Sequence[Any], *, on_inference: CompileInference | None, **kwargs: Any
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    last_pass: GraphPass,
+    on_inference: CompileInference | None,
+    **kwargs: Any,
 ) -> Any:
     """Inductor's inner compiler with its own table back: ours does not pickle, which bypasses the FX-graph cache."""
     if "get_decomp_fn" in kwargs:
         kwargs["get_decomp_fn"] = select_decomp_table
     _save_inputs_as_they_are(gm.graph)
+    if kwargs.get("is_backward"):
+        _lay_memory_out_like(inputs, gm.graph)
     if on_inference is None or not kwargs.get("is_inference"):
+        last_pass(gm.graph)
         return compile_fx_inner(gm, inputs, **kwargs)
 
     def compile_graph(part: fx.GraphModule, part_inputs: Sequence[Any], static: Sequence[int]) -> Any:
@@ -533,19 +612,40 @@ def _save_inputs_as_they_are(forward: fx.Graph) -> None:
         output.meta["user_visible_output_idxs"] = sorted({*visible, *inputs})
 
 
+def _lay_memory_out_like(inputs: Sequence[Any], backward: fx.Graph) -> None:
+    """Unwritten memory in channels_last if forward saved something of that rank so.
+
+    Convolutions choose their layout by it, as they would by the input that it stands for (torch 2.13).
+    """
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    saved = [item for item in inputs if isinstance(item, Tensor) and item.dim() in formats]
+    ranks = {item.dim() for item in saved if _is_only_in(item, formats[item.dim()])}
+    for node in backward.find_nodes(op="call_function", target=torch.ops.aten.empty_strided.default):
+        memory = node.meta["val"]
+        stands_in = all(user.target is torch.ops.aten.convolution_backward.default for user in node.users)
+        if stands_in and memory.dim() in ranks and all(isinstance(size, int) for size in memory.shape):
+            node.update_arg(1, list(torch.empty_like(memory, memory_format=formats[memory.dim()]).stride()))
+
+
+def _is_only_in(tensor: Tensor, memory_format: torch.memory_format) -> bool:
+    return tensor.is_contiguous(memory_format=memory_format) and not tensor.is_contiguous()
+
+
 def compile_with_inductor(
     gm: fx.GraphModule,
     inputs: Sequence[Tensor],
     *,
     joint_pass: GraphPass | None,
+    last_pass: GraphPass,
     uuid: str,
     config: Mapping[str, Any],
-    memory_budget: float,
+    memory_budget: float | str,
     on_inference: CompileInference | None = None,
 ) -> CompiledFunction:
     """Compile a Dynamo graph with Inductor, `joint_pass` run first on the joint (or inference) graph.
 
-    `on_inference` is handed each inference graph, in place of Inductor's inner compiler.
+    If there is a `joint_pass`, `last_pass` is run on forward and backward. `on_inference` is handed each inference
+    graph, in place of that and of Inductor's inner compiler.
 
     Hides: compile_fx, config.joint_custom_pre_pass, functorch's activation_memory_budget.
     """
@@ -556,7 +656,7 @@ def compile_with_inductor(
         patches[USERS_PASS] = _chain(joint_pass, uuid, config)
         arguments = {
             "decompositions": _whole_batch_norm(),
-            "inner_compile": partial(_inner_compile, on_inference=on_inference),
+            "inner_compile": partial(_inner_compile, last_pass=last_pass, on_inference=on_inference),
         }
     with _budget(memory_budget):
         compiled: Any = compile_fx(gm, inputs, config_patches=patches, **arguments)
@@ -569,7 +669,7 @@ def compile_with_aot_eager(
     *,
     joint_pass: GraphPass,
     config: Mapping[str, Any],
-    memory_budget: float,
+    memory_budget: float | str,
     on_inference: CompileInference | None = None,
     on_lowered: OnLowered = lambda _: None,
 ) -> CompiledFunction:
@@ -628,13 +728,25 @@ def _as_is(graph_module: fx.GraphModule) -> CompiledFunction:
 
 
 @contextlib.contextmanager
-def _budget(memory_budget: float) -> Iterator[None]:
-    """AOTAutograd's activation memory budget, for one compile; 1.0 leaves what the user configured."""
+def _budget(memory_budget: float | str) -> Iterator[None]:
+    """AOTAutograd's activation memory budget, for one compile; 1.0 leaves what the user configured.
+
+    A name in its place has the partitioner recompute whatever it does not think expensive, within no budget.
+    """
+    config = torch._functorch.config
     if memory_budget == 1.0:
+        patched: Any = contextlib.nullcontext()
+    elif isinstance(memory_budget, str):
+        patched = config.patch({"activation_memory_budget": 1.0, "aggressive_recomputation": True})
+    else:
+        patched = config.patch(activation_memory_budget=memory_budget)
+    with patched:
         yield
-        return
-    with torch._functorch.config.patch(activation_memory_budget=memory_budget):
-        yield
+
+
+def set_memory_budget(level: float) -> None:
+    """Another level of AOTAutograd's budget for the rest of a compile that was given one."""
+    torch._functorch.config.activation_memory_budget = level
 
 
 def compile_in_place(module: nn.Module, **kwargs: Any) -> None:
@@ -674,6 +786,47 @@ def not_compiled_in_place(module: nn.Module) -> Iterator[None]:
 def undo_compile(module: nn.Module) -> None:
     """Take nn.Module.compile() back."""
     module.__dict__.pop("_compiled_call_impl", None)
+
+
+# --- benchmarks --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def compile_caches_in(folder: Path) -> Iterator[None]:
+    """Inside, the compile caches are on, in a folder of their own, and nothing else is known of earlier compiles.
+
+    Hides: inductor.utils.clear_caches, and what turns the caches on.
+    """
+    places = {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TRITON_CACHE_DIR": str(folder / "triton")}
+    before = {name: os.environ.get(name) for name in places}
+    on = torch._inductor.config.patch(fx_graph_cache=True, fx_graph_remote_cache=False)
+    os.environ.update(places)
+    clear_caches()
+    try:
+        with on, torch._functorch.config.patch(enable_autograd_cache=True):
+            yield
+    finally:
+        clear_caches()
+        for name in places:
+            os.environ.pop(name)
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def generated_kernels(function: Callable[[], Any]) -> tuple[Any, int]:
+    """What a function returns, and how many kernels Inductor generated meanwhile. Hides: inductor.metrics."""
+    before = metrics.generated_kernel_count
+    result = function()
+    return result, metrics.generated_kernel_count - before
+
+
+def operators_run(function: Callable[[], Any]) -> Counter[str]:
+    """How often each operator ran meanwhile, compiled or not, those inside of others included.
+
+    Hides: profiler_legacy, which unlike its successor writes nothing to stderr.
+    """
+    with profile() as events:  # type: ignore[no-untyped-call]
+        function()
+    return Counter(event.name for event in events.function_events)
 
 
 # --- torch.compile(backend="inductor") ---------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""convbn-compile: what the backend does to a model, and what its batch norms are like, from the command line.
+"""convbn-compile: what the backend does to a model, what its batch norms are like, and what a step takes.
 
-Exit codes: 0 done; 1 done, and there was nothing: no norm folded, or none that has running statistics; 2 wrong usage;
-3 the model could not be loaded or run, or a package is missing.
+Exit codes: 0 done; 1 done, and there was nothing: no norm folded, none that has running statistics, or no contender
+that ran; 2 wrong usage; 3 the model could not be loaded or run, or a package is missing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import convbn_compile
-from convbn_compile import diagnose, models
+from convbn_compile import _bench_command, _bench_plot, diagnose, models
 from convbn_compile._extras import require
 from convbn_compile._grouped import grouped, pattern, with_ranges, without_numbers
 from convbn_compile.explain import explain_mode
@@ -78,6 +78,17 @@ class Input:
 
 def explain_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of explain alone."""
+    _input_argument(parser)
+    _all_argument(parser)
+    parser.add_argument(
+        "--mode",
+        choices=("tune", "deploy"),
+        default="tune",
+        help="tune: with gradients, for fine-tuning (default); deploy: without, for inference",
+    )
+
+
+def _input_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input",
         type=Input.parse,
@@ -85,12 +96,6 @@ def explain_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="[NAME=]SHAPE[:DTYPE]",
         help="what the model is called with, such as 4,3,224,224 or pixel_values=2,3,64,64 or 2,16:int64; "
         "once for each input; libraries' models have a default",
-    )
-    parser.add_argument(
-        "--mode",
-        choices=("tune", "deploy"),
-        default="tune",
-        help="tune: with gradients, for fine-tuning (default); deploy: without, for inference",
     )
 
 
@@ -118,9 +123,13 @@ def _default_inputs(name: str, model: nn.Module) -> list[Input]:
     return [Input(shape, name=argument) for argument, shape in shapes.items()]
 
 
+def _made(inputs: Sequence[Input]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """What the model is called with, by position and by name."""
+    return [item.make() for item in inputs if not item.name], {item.name: item.make() for item in inputs if item.name}
+
+
 def _explain(model: nn.Module, inputs: Sequence[Input], mode: Mode) -> Report:
-    args = [item.make() for item in inputs if not item.name]
-    kwargs = {item.name: item.make() for item in inputs if item.name}
+    args, kwargs = _made(inputs)
     with torch.set_grad_enabled(mode is not Mode.DEPLOY):
         try:
             return explain_mode(mode, model, args, kwargs)
@@ -187,18 +196,22 @@ def _widths(rows: list[list[str]], headers: list[str], width: int | None) -> lis
 
 def diagnose_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of diagnose alone."""
-    parser.add_argument(
-        "--plot", type=_plot, metavar="FILE", help="write a histogram, such as scales.png or scales.svg"
-    )
+    _all_argument(parser)
+    _file_argument(parser, "--plot", "write a histogram, such as scales.png or scales.svg", diagnose.FORMATS)
 
 
-def _plot(name: str) -> Path:
-    file = Path(name)
-    if file.suffix.lower() not in diagnose.FORMATS:
-        raise argparse.ArgumentTypeError(f"{name!r} does not end in {', '.join(diagnose.FORMATS)}")
-    if not file.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{name!r}: there is no folder {file.parent}")
-    return file
+def _file_argument(parser: argparse.ArgumentParser, name: str, what: str, suffixes: Sequence[str]) -> None:
+    """A file to write, in a folder that there is."""
+
+    def parse(name: str) -> Path:
+        file = Path(name)
+        if file.suffix.lower() not in suffixes:
+            raise argparse.ArgumentTypeError(f"{name!r} does not end in {', '.join(suffixes)}")
+        if not file.parent.is_dir():
+            raise argparse.ArgumentTypeError(f"{name!r}: there is no folder {file.parent}")
+        return file
+
+    parser.add_argument(name, type=parse, metavar="FILE", help=what)
 
 
 def run_diagnose(arguments: argparse.Namespace) -> int:
@@ -217,6 +230,40 @@ def run_diagnose(arguments: argparse.Namespace) -> int:
     if library and not arguments.pretrained and not arguments.checkpoint:
         print("These weights are random; see --pretrained and --checkpoint.", file=sys.stderr)
     return DONE if report.norms else NOTHING
+
+
+# --- bench -------------------------------------------------------------------------------------------------------
+
+
+def bench_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of bench alone."""
+    _input_argument(parser)
+    _bench_command.add_arguments(parser)
+    _file_argument(parser, "--out", "write the JSON to this file", (".json",))
+    _file_argument(parser, "--plot", "memory and time, such as bench.png", diagnose.FORMATS)
+
+
+def run_bench(arguments: argparse.Namespace) -> int:
+    """Step time, memory and compile time of contenders."""
+    if arguments.plot:
+        require("matplotlib", extra="bench")
+    with _stdout_for_results_only():
+        model = _load(arguments)
+        inputs = arguments.input or _default_inputs(arguments.model, model)
+        try:
+            found = _bench_command.measure(model, *_made(inputs), arguments)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+    facts = as_json(arguments, found.to_dict())
+    if arguments.out:
+        arguments.out.write_text(facts + "\n")
+    print(facts if arguments.json else found)
+    if arguments.plot:
+        try:
+            _bench_plot.plot(found, arguments.plot, title=arguments.model)
+        except ValueError as error:
+            print(f"{arguments.plot} was not written: {error}", file=sys.stderr)
+    return NOTHING if all(row.because for row in found.rows) else DONE
 
 
 # --- the command line --------------------------------------------------------------------------------------------
@@ -254,6 +301,16 @@ COMMANDS: Mapping[str, Command] = {
             "models.py:make_detector --all",
         ),
     ),
+    "bench": Command(
+        "step time, memory and compile time of Tune mode beside what one would pick in its place",
+        bench_arguments,
+        run_bench,
+        (
+            "torchvision:resnet18 --batch 8 32 --size 128 224 --out resnet18.json --plot resnet18.png",
+            "timm:efficientnet_b0 --batch 8 --contenders inductor tune tune@0.5 tune@0.25 checkpoint",
+            "torchvision:resnet50 --device cuda --dtype float32 bfloat16 --contenders all --json",
+        ),
+    ),
 }
 
 
@@ -271,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is None:
         _keep_stdout_for_results()
-    arguments = make_parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv, argparse.Namespace(argv=sys.argv[1:] if argv is None else list(argv)))
     parser: argparse.ArgumentParser = arguments.parser
     torch.manual_seed(0)
     try:
@@ -320,9 +377,12 @@ def _common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=_model, metavar="MODEL", help=models.FORMS)
     parser.add_argument("--pretrained", action="store_true", help="with the weights that the library downloads")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="a state_dict of torch.save or safetensors")
-    parser.add_argument("--all", action="store_true", help="a line for each norm, also those of like paths")
     parser.add_argument("--json", action="store_true", help="JSON, and nothing else, on stdout")
     parser.add_argument("--traceback", action="store_true", help="of an error, too")
+
+
+def _all_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--all", action="store_true", help="a line for each norm, also those of like paths")
 
 
 def _model(name: str) -> str:

@@ -11,7 +11,7 @@ from convbn_compile import _torch
 from convbn_compile._aten import Adjoint, LinearOperator, convert_element_type, value
 from convbn_compile._match import Match
 
-LARGEST_WEIGHT = 128
+LARGEST_WEIGHT = 256
 """How many times as large as the output a weight may be, whose gradient is scaled so that the output is not saved."""
 
 ELEMENTWISE = 10

@@ -138,7 +138,7 @@ def _lowered(
     no_grad = torch.no_grad() if options.mode is Mode.DEPLOY else contextlib.nullcontext()
     with torch.random.fork_rng(), _torch.leaving_no_trace(), fake_mode, no_grad:
         try:
-            _torch.compile_apart(call, backend, fullgraph=True)(fakes)
+            _torch.compile_apart(call, backend=backend, fullgraph=True)(fakes)
         except _torch.GraphBreak as error:
             raise ValueError(
                 f"estimate_memory needs a model that Dynamo captures as one graph with fake tensors, which have no "

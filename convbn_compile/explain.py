@@ -64,7 +64,7 @@ def explain_mode(mode: Mode, model: nn.Module, inputs: Sequence[Any], kwargs: Ma
         return model(*inputs, **kwargs)
 
     with _unchanged(model, (inputs, kwargs)), _torch.leaving_no_trace(), _torch.ddp_forward(outer):
-        _torch.compile_apart(call, backend)(*inputs, **kwargs)
+        _torch.compile_apart(call, backend=backend)(*inputs, **kwargs)
     return Report.sum([*reports, Report(refused=_distributed.in_no_graph(model))])
 
 

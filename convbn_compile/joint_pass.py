@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +21,8 @@ from convbn_compile._per_channel import Affine
 from convbn_compile._region import Region, follow, last_region, last_scale, parallel, region, scales, sums
 from convbn_compile._rewrite import rewrite
 from convbn_compile._splice import cancel_aliases, copy_graph, restride, share_casts, splice
-from convbn_compile.identities import crop_of_pad, mask_of_clamp
+from convbn_compile._trace import Traces
+from convbn_compile.identities import bits_of_mask, crop_of_pad, mask_of_clamp, shape_of_input, sign_of_output
 from convbn_compile.options import Fold
 from convbn_compile.report import NoMatch, Refusal, Report
 
@@ -77,10 +78,11 @@ def decompose_batch_norms(graph: Graph) -> list[Norm]:
     """Replace batch norms, forward and backward, by what Inductor's own table makes of them."""
     table = _torch.default_decompositions()
     norms: list[Norm] = []
+    traces = Traces()
     for node in graph.nodes:
         if node.target in _torch.batch_norm_ops():
             norm = BatchNorm.of(node)
-            normalised = _decompose(node, table[node.target])
+            normalised = _decompose(node, table[node.target], traces)
             if norm is not None:
                 norms.append(Norm(path(node), norm.training, norm.has_statistics, norm.input, normalised))
     graph.eliminate_dead_code()
@@ -100,8 +102,11 @@ def _rewrite(graph: Graph, norms: Sequence[Norm], fold: Fold, *, merge_branches:
     _torch.stable_topological_sort(graph)
     graph.eliminate_dead_code()
     restride(graph)
+    _apply(shape_of_input, graph)
     _apply(mask_of_clamp, graph)
+    _apply(sign_of_output, graph)
     _apply(crop_of_pad, graph)
+    _apply(bits_of_mask, graph)
     save_reads_of(written)
     graph.eliminate_dead_code()
     return report_of(norms, outcomes)
@@ -215,15 +220,27 @@ def save_reads_of(written: Iterable[Node]) -> None:
             reader.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
-def _decompose(node: Node, rule: Callable[..., Any]) -> Node | None:
+@dataclass(frozen=True)
+class _Decomposition:
+    """A rule of Inductor's table as a function of tensors alone; nodes whose tensors are its arguments are _TENSOR."""
+
+    rule: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def __call__(self, *tensors: Any) -> Any:
+        rest = iter(tensors)
+        return self.rule(*(next(rest) if item is _TENSOR else item for item in self.args), **self.kwargs)
+
+
+_TENSOR = object()
+
+
+def _decompose(node: Node, rule: Callable[..., Any], traces: Traces) -> Node | None:
     """Replace one multi-output node by what `rule` computes; its first output, if that is read."""
     nodes = [argument for argument in node.args if isinstance(argument, Node)]
-
-    def of_tensors(*tensors: Any) -> Any:
-        rest = iter(tensors)
-        return rule(*(next(rest) if isinstance(argument, Node) else argument for argument in node.args), **node.kwargs)
-
-    outputs = splice(of_tensors, *nodes, before=node)
+    args = tuple(_TENSOR if isinstance(argument, Node) else argument for argument in node.args)
+    outputs = splice(_Decomposition(rule, args, node.kwargs), *nodes, before=node, traces=traces)
     first = output(node, 0)
     for getitem in list(node.users):
         new = outputs[getitem.args[1]]  # type: ignore[index]

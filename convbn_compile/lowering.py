@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from convbn_compile import _torch, joint_pass
+from convbn_compile import _torch, joint_pass, memory_budget
 from convbn_compile._constants import constant_nodes
+from convbn_compile._fold_kernels import reduce_kernels
 from convbn_compile._region import OUTSIDE
 from convbn_compile.deploy import keep_constants
 from convbn_compile.options import Lowering, Mode, Options
@@ -87,8 +88,9 @@ def _lower(
     if options.lowering is Lowering.AOT_EAGER:
         common["on_lowered"] = on_lowered or (lambda _: None)
         return _torch.compile_with_aot_eager(gm, inputs, joint_pass=joint_pass or (lambda _: None), **common)
-    joint_pass = joint_pass if options.mode.folds else None
-    return _torch.compile_with_inductor(gm, inputs, joint_pass=joint_pass, uuid=uuid(options), **common)
+    runs = options.mode.folds or options.memory_budget != 1.0
+    common |= {"last_pass": reduce_kernels, "uuid": uuid(options)}
+    return _torch.compile_with_inductor(gm, inputs, joint_pass=joint_pass if runs else None, **common)
 
 
 def _joint_pass(
@@ -101,13 +103,15 @@ def _joint_pass(
         rewrite = partial(rewrite, constants=lambda graph: constant_nodes(graph, _torch.static_inputs()))
 
     def report_on(graph: fx.Graph) -> Report:
-        if not measure or not _torch.is_joint(graph):
+        if not _torch.is_joint(graph):
             return rewrite(graph)
         module = graph.owning_module
         assert module is not None, "a joint graph has a module"
-        before = _measured(graph)
+        before = _measured(graph) if measure else None
         report = rewrite(graph)
-        return replace(report, saved_bytes_before=before, saved_bytes_after=_measured(module.graph))
+        note = memory_budget.apply(module.graph, options.memory_budget)
+        after = _measured(module.graph) if measure else None
+        return replace(report, saved_bytes_before=before, saved_bytes_after=after, notes=(note,) if note else ())
 
     def run(graph: fx.Graph) -> None:
         if options.mode is Mode.DEPLOY:

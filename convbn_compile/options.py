@@ -51,6 +51,10 @@ class Fold(str, Enum):
     ALWAYS = "always"
 
 
+POINTWISE = "pointwise"
+"""The memory budget that has a name: recompute elementwise operators, and nothing else."""
+
+
 @dataclass(frozen=True)
 class Options:
     """The options of one torch.compile call.
@@ -58,7 +62,7 @@ class Options:
     Attributes:
         mode: what to do with the graph.
         lowering: "inductor", or "aot_eager" for the same joint pass and partitioner without code generation.
-        memory_budget: AOTAutograd's activation_memory_budget for this compile, in (0, 1].
+        memory_budget: AOTAutograd's activation_memory_budget for this compile, in (0, 1], or "pointwise".
         merge_branches: merge parallel convolutions of one input.
         fold: "auto" leaves out the folds that do not pay, "always" does all that are right.
         inductor: configuration handed on to Inductor.
@@ -66,7 +70,7 @@ class Options:
 
     mode: Mode = Mode.TUNE
     lowering: Lowering = Lowering.INDUCTOR
-    memory_budget: float = 1.0
+    memory_budget: float | str = 1.0
     merge_branches: bool = True
     fold: Fold = Fold.AUTO
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -131,13 +135,16 @@ def _choice(option: str, kind: type[Choice]) -> Callable[[Any], Choice]:
     return check
 
 
-def _check_memory_budget(budget: Any) -> float:
+def _check_memory_budget(budget: Any) -> float | str:
+    known = f"memory_budget must be a number in (0, 1], or {POINTWISE!r}"
+    if isinstance(budget, str):
+        if budget != POINTWISE:
+            raise ValueError(f"{known}; got {budget!r}. {_nearest(budget, [POINTWISE])}")
+        return budget
     if isinstance(budget, bool) or not isinstance(budget, (int, float)):
-        raise TypeError(f"memory_budget must be a number in (0, 1], got {budget!r} ({type(budget).__name__}).")
+        raise TypeError(f"{known}; got {budget!r} ({type(budget).__name__}).")
     if not 0 < budget <= 1:
-        raise ValueError(
-            f"memory_budget must be in (0, 1], got {budget!r}. Less than 1 saves less and recomputes more."
-        )
+        raise ValueError(f"{known}; got {budget!r}. Less than 1 saves less and recomputes more.")
     return float(budget)
 
 

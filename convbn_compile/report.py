@@ -52,6 +52,7 @@ class Report:
         saved_bytes_before: bytes saved for backward by plain Inductor, parameters, buffers and inputs not counted;
             None if not measured.
         saved_bytes_after: the same after the rewrite.
+        notes: what else there is to say of a graph, such as that another memory budget serves better.
     """
 
     rewrites: tuple[Rewrite, ...] = ()
@@ -59,6 +60,7 @@ class Report:
     merged: int = 0
     saved_bytes_before: int | None = None
     saved_bytes_after: int | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def folded(self) -> int:
@@ -76,7 +78,7 @@ class Report:
         parts += [f"merged away {self.merged} convolutions"] if self.merged else []
         if self.saved_bytes_before is not None and self.saved_bytes_after is not None:
             parts.append(f"saved for backward {_mib(self.saved_bytes_before)} -> {_mib(self.saved_bytes_after)}")
-        return "; ".join(parts)
+        return "; ".join([*parts, *self.notes])
 
     def summary(self) -> str:
         """The numbers in one line, and the reasons."""
@@ -100,6 +102,7 @@ class Report:
             merged=data["merged"],
             saved_bytes_before=data["saved_bytes_before"],
             saved_bytes_after=data["saved_bytes_after"],
+            notes=tuple(data["notes"]),
         )
 
     @classmethod
@@ -112,6 +115,7 @@ class Report:
             merged=sum(report.merged for report in reports),
             saved_bytes_before=_sum([report.saved_bytes_before for report in reports]),
             saved_bytes_after=_sum([report.saved_bytes_after for report in reports]),
+            notes=tuple(note for report in reports for note in report.notes),
         )
 
     def __str__(self) -> str:

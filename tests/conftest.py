@@ -1,5 +1,8 @@
 """The strict world of the tests: fresh Dynamo, no cached graphs, seeded, torchvision importable next to a CPU torch."""
 
+import gc
+import logging
+
 import pytest
 import torch
 import torch._functorch.config
@@ -9,6 +12,10 @@ from convbn_compile.backend import warn_once
 from convbn_compile.models import declare_torchvision_operators
 
 declare_torchvision_operators()
+# What takes time and tests nothing: pytest listens to loggers that do not propagate, and for any listener torch writes
+# every graph down; and Python's 700 lets a tenth of the time go into looking for garbage.
+logging.getLogger("torch.__trace").propagate = True
+gc.set_threshold(10_000, 10, 10)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
@@ -142,7 +143,10 @@ def _num_convolutions(graph: fx.Graph) -> int:
 
 
 def joint_graph(model: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
-    """The joint (or inference) graph that the joint pass would see, captured, with its batch norms whole."""
+    """The joint (or inference) graph that the joint pass would see, captured, with its batch norms whole.
+
+    A joint graph is neither partitioned nor run.
+    """
     captured: list[fx.GraphModule] = []
 
     def capture(graph: fx.Graph) -> None:
@@ -151,7 +155,9 @@ def joint_graph(model: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
     def backend(gm: fx.GraphModule, example_inputs: Any) -> Any:
         return _torch.compile_with_aot_eager(gm, example_inputs, joint_pass=capture, config={}, memory_budget=1.0)
 
-    torch.compile(model, backend=backend)(*inputs)
+    done = _torch.visible_through_dynamo(ValueError("nothing is left to see"))
+    with mock.patch.object(_torch, "partition", side_effect=done), contextlib.suppress(type(done)):
+        torch.compile(model, backend=backend, fullgraph=True)(*inputs)
     assert len(captured) == 1, f"{len(captured)} graphs"
     return captured[0]
 

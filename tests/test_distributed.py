@@ -32,14 +32,7 @@ def torchrun(script, *arguments):
 def test_two_processes(tmp_path, subtests):
     torchrun("tests/distributed_checks.py", tmp_path / "results.json")
     results = json.loads((tmp_path / "results.json").read_text())
-    assert len(results) > 20
+    assert len(results) > 21
     for name, errors in results.items():
         with subtests.test(msg=name):
             assert not any(errors), "\n".join(filter(None, errors))
-
-
-def test_the_example_runs():
-    """tests/distributed_checks.py resumes it."""
-    printed = torchrun("examples/distributed.py", "--epochs", 1, "--lowering", "aot_eager").splitlines()
-    assert printed[0].startswith("ddp, 2 processes: folded 3 of 3 norms")
-    assert [line.split(":")[0] for line in printed[1:]] == ["epoch 1"]

@@ -24,9 +24,34 @@ def run(name, *arguments):
     return done.stdout
 
 
-@pytest.mark.parametrize("name", sorted(file.name for file in EXAMPLES.glob("[!_]*.py")))
-def test_help(name):
-    assert "usage" in run(name, "--help")
+NAMES = sorted(file.name for file in EXAMPLES.glob("[!_]*.py"))
+ALL_HELP = """
+import contextlib, io, json, runpy, sys
+sys.path[0], seen = {folder!r}, {{}}
+for name in {names!r}:
+    sys.argv = [name, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            runpy.run_path({folder!r} + "/" + name, run_name="__main__")
+        except SystemExit as stopped:
+            seen[name] = stopped.code, out.getvalue()
+print(json.dumps(seen))
+"""
+
+
+@pytest.fixture(scope="module")
+def helps(tmp_path_factory):
+    """Exit code and output of each example for --help, all in one process, which imports torch once."""
+    script = tmp_path_factory.mktemp("help") / "all_help.py"
+    script.write_text(ALL_HELP.format(names=NAMES, folder=str(EXAMPLES)))
+    return json.loads(run(script))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help(name, helps):
+    code, printed = helps[name]
+    assert code == 0
+    assert printed.startswith(f"usage: {name}")
 
 
 def test_saved_bytes(tmp_path):
@@ -37,8 +62,8 @@ def test_saved_bytes(tmp_path):
 
 
 def test_finetune(tmp_path):
-    arguments = ["--steps", 3, "--lowering", "aot_eager", "--train-images", 200, "--test-images", 100]
-    printed = run("finetune.py", *arguments, "--out", tmp_path)
+    images = ["--train-images", 200, "--test-images", 100, "--batch-size", 4, "--image-size", 32]
+    printed = run("finetune.py", "--steps", 3, "--lowering", "aot_eager", *images, "--out", tmp_path)
     assert "Tune" in printed
     assert {file.suffix for file in tmp_path.iterdir()} == {".png", ".json"}
 

@@ -45,11 +45,38 @@ def test_unknown_keys_go_to_inductor():
         ("tune", {"mode": "eval"}, ValueError, "mode is given twice: mode='tune' and options['mode']='eval'."),
         (None, {"lowering": "eager"}, ValueError, "Unknown lowering 'eager'. Did you mean 'aot_eager'?"),
         (None, {"lowering": None}, TypeError, "lowering must be a string, one of 'inductor', 'aot_eager'; got None"),
-        (None, {"memory_budget": 0}, ValueError, "memory_budget must be in (0, 1], got 0."),
-        (None, {"memory_budget": 1.5}, ValueError, "memory_budget must be in (0, 1], got 1.5."),
-        (None, {"memory_budget": float("nan")}, ValueError, "memory_budget must be in (0, 1], got nan."),
-        (None, {"memory_budget": "1"}, TypeError, "memory_budget must be a number in (0, 1], got '1' (str)."),
-        (None, {"memory_budget": True}, TypeError, "memory_budget must be a number in (0, 1], got True (bool)."),
+        (None, {"memory_budget": 0}, ValueError, "memory_budget must be a number in (0, 1], or 'pointwise'; got 0."),
+        (
+            None,
+            {"memory_budget": 1.5},
+            ValueError,
+            "memory_budget must be a number in (0, 1], or 'pointwise'; got 1.5.",
+        ),
+        (
+            None,
+            {"memory_budget": float("nan")},
+            ValueError,
+            "memory_budget must be a number in (0, 1], or 'pointwise'; got nan.",
+        ),
+        (
+            None,
+            {"memory_budget": None},
+            TypeError,
+            "memory_budget must be a number in (0, 1], or 'pointwise'; got None (",
+        ),
+        (
+            None,
+            {"memory_budget": "1"},
+            ValueError,
+            "memory_budget must be a number in (0, 1], or 'pointwise'; got '1'.",
+        ),
+        (None, {"memory_budget": "pointwize"}, ValueError, "got 'pointwize'. Did you mean 'pointwise'?"),
+        (
+            None,
+            {"memory_budget": True},
+            TypeError,
+            "memory_budget must be a number in (0, 1], or 'pointwise'; got True (",
+        ),
         (None, {"merge_branches": 1}, TypeError, "merge_branches must be True or False, got 1 (int)."),
         (None, {"fold": "allways"}, ValueError, "Unknown fold 'allways'. Did you mean 'always'?"),
         (None, {"fold": True}, TypeError, "fold must be a string, one of 'auto', 'always'; got True (bool)."),
@@ -75,7 +102,7 @@ def test_messages(mode, options, kind, message):
 def test_a_wrong_option_reaches_the_user_of_torch_compile_as_it_is():
     with pytest.raises(ValueError, match=re.escape("Unknown mode 'tun'. Did you mean 'tune'?")):
         compiled(pair(), mode="tun")(double(2, 4, 8, 8))
-    with pytest.raises(TypeError, match=re.escape("memory_budget must be a number")):
+    with pytest.raises(ValueError, match=re.escape("memory_budget must be a number")):
         compiled(pair(), memory_budget="half")(double(2, 4, 8, 8))
 
 

@@ -6,13 +6,14 @@ import pytest
 import timm
 import torch
 import torchvision
-from saved_bytes import measure, saved_for_backward
+from saved_bytes import measure
 from support import compiled, counted, options, randomise
 from tabulate import tabulate
 from test_backend import pair
 from torch import nn
 
 import convbn_compile
+from convbn_compile.measure import saved_for_backward
 
 MIB = 2**20
 
@@ -65,6 +66,29 @@ def test_layer_scale_does_not_keep_what_it_scales(name, options, scaled):
     network, x = timm.create_model(name, **options).to("meta").eval(), torch.empty(2, 3, 224, 224, device="meta")
     report = convbn_compile.explain(network, x)
     assert report.saved_bytes_before - report.saved_bytes_after == 2 * 4 * scaled
+
+
+def on_meta(network, *shape, **settings):
+    """explain's bytes before and after, without running anything."""
+    report = convbn_compile.explain(network.to("meta").eval(), torch.empty(shape, device="meta", **settings))
+    return report.saved_bytes_before, report.saved_bytes_after
+
+
+def test_masks_go_below_the_fused_network():
+    """92 MiB are saved of the fused network, and 105 by PyTorch's own pass."""
+    before, after = on_meta(timm.create_model("efficientnet_lite0"), 16, 3, 96, 96)
+    assert before >= 150 * MIB
+    assert after <= 76 * MIB
+
+
+def test_of_what_is_frozen_only_signs_are_saved():
+    """Autograd and Inductor keep the inputs of frozen convolutions, too."""
+    network = torchvision.models.resnet50(weights=None).requires_grad_(requires_grad=False)
+    network.conv1.requires_grad_()
+    network.bn1.requires_grad_()
+    before, after = on_meta(network, 2, 3, 64, 64)
+    assert before > 6 * MIB
+    assert after <= 0.06 * before
 
 
 NETS = ["mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "shufflenet_v2_x0_5"]

@@ -10,8 +10,11 @@ and the theorem that puts them together and is what the joint pass rewrites:
 
     affine_of_linear               sum of s_k . (w_k (*) x + b_k) + t = W (*) x + b',  with all its gradients
 
-and two of their own, which free what the activation after a folded norm would save:
+and five of their own, which free what the activation after a norm would save:
 
     (6) mask_of_clamp              (x <= a) | (x >= b) = (z <= a) | (z >= b)    for z = clamp(x, a, b)
     (7) crop_of_pad                x = crop(pad(x, p), p)
+    (8) shape_of_input             grad_input(g, w, x) = grad_input(g, w, e)    for any e of the shape of x
+    (9) bits_of_mask               m = unpack(pack(m))
+    (10) sign_of_output            (x > 0) = (z > 0),  exp(c x) = z / n + 1     for z = leaky ReLU, ELU of x
 """

@@ -8,6 +8,8 @@
 Legal because a clamp is the identity strictly between its bounds and maps the rest onto them.
 Exact bit for bit, NaN included: it passes through the clamp, and compares false on both sides.
 Where the next convolution keeps z, or a padded copy of it, neither x nor the mask need be saved.
+If it keeps z rounded to a narrower dtype that has a and b, the mask is that of x rounded likewise, which is eager's: an
+activation of that dtype is computed in a wide one, and rounding keeps the order of numbers.
 Does not apply if: the bounds are tensors, or a >= b; or nothing keeps z, so that x or what it is made of may be dearer.
 """
 
@@ -15,10 +17,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
-from convbn_compile._aten import aten, is_kept, value
+from convbn_compile._aten import aten, kept_copies, value
 
 
 def before(input: Tensor, lower: float, upper: float) -> Tensor:
@@ -33,7 +36,7 @@ def after(input: Tensor, lower: float, upper: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Match:
-    """A clamp, and the comparisons of its input with its bounds that come after it."""
+    """What is kept of a clamp's output, and the comparisons of its input with its bounds that come after the clamp."""
 
     output: Node
     comparisons: tuple[Node, ...]
@@ -54,9 +57,14 @@ def match(node: Node) -> Match | None:
     # an in-place clamp saves a clone of its input for backward
     readers = [reader for same in (source, *_clones(source)) for reader in same.users]
     comparisons = [reader for reader in readers if reader.args[1:] and (reader.target, reader.args[1]) in wanted]
-    later = tuple(comparison for comparison in comparisons if node < comparison)
-    copies = [user for user in node.users if user.target is aten.constant_pad_nd.default]
-    return Match(node, later) if later and any(map(is_kept, (node, *copies))) else None
+    kept = [copy for copy in kept_copies(node) if all(_has(value(copy).dtype, bound) for bound in (lower, upper))]
+    later = tuple(comparison for comparison in comparisons if kept and kept[0] < comparison)
+    return Match(kept[0], later) if later else None
+
+
+def _has(dtype: torch.dtype, number: float) -> bool:
+    """True if a dtype has a number."""
+    return torch.tensor(number, dtype=torch.float64).to(dtype).item() == number
 
 
 def _clones(node: Node) -> list[Node]:

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from saved_bytes import saved_for_backward
 from support import assert_as_eager, compiled, joint_graph, operators, randomise
 from test_backend import double
 from torch import nn
 
 from convbn_compile import joint_pass
 from convbn_compile.identities import mask_of_clamp as identity
+from convbn_compile.measure import saved_for_backward
 
 SPECIAL = torch.tensor([0.0, -0.0, 6.0, -1.0, 7.0, float("nan"), float("inf"), -float("inf"), 1e-45, 6.0000005])
 BOUNDS = [(0.0, 6.0), (-1.0, 1.0), (0, 1), (-float("inf"), 0.0), (-2.5, float("inf"))]
@@ -50,10 +50,27 @@ def test_the_mask_reads_the_output(activation):
 
 
 def test_what_is_saved():
-    """Two of the three outputs, which convolutions read; of the last, which none does, a mask of bytes."""
+    """Two of the three outputs, which convolutions read; of the last, which none does, a mask of bits."""
     model, x = net(nn.ReLU6()), double(2, 4, 8, 8)
     elements = 2 * 4 * 8 * 8
-    assert saved_for_backward(compiled(model), model, x) == 2 * elements * 8 + elements
+    assert saved_for_backward(compiled(model), model, x) == 2 * elements * 8 + elements // 8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("lower", "upper", "applies"), [(0.0, 6.0, True), (-1.0, 1.0, True), (0.0, 0.3, False)])
+def test_16_bits(lower, upper, applies, dtype):
+    """The activation is computed in float32; what is kept of it has 16 bits, and has to have the bounds."""
+
+    def model(x, weight):
+        return nn.functional.hardtanh(x * 2, lower, upper) @ weight
+
+    x, weight = (torch.randn(64, 64).to(dtype).requires_grad_() for _ in range(2))
+    module = joint_graph(model, x, weight)
+    joint_pass.run(module.graph)
+    read = {node.meta["val"].dtype for node in comparisons_of(module.graph)}
+    assert read == {dtype if applies else torch.float32}
+    (wanted,), (found,) = (torch.autograd.grad(call(x, weight).sum(), x) for call in (model, compiled(model)))
+    assert torch.equal(found, wanted)
 
 
 class Compared(nn.Module):

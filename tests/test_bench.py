@@ -1,0 +1,439 @@
+"""bench: who runs when, figures that are right, a contender that fails is a line, JSON and back, plots, the command."""
+
+import importlib
+import json
+import os
+import sys
+import time
+from functools import partial
+
+import pytest
+import torch
+from support import randomise
+from torch import nn
+from torch._dynamo.utils import counters
+
+import convbn_compile as cb
+from convbn_compile import _bench_plot, _contest, cli, measure
+from convbn_compile.benchmark import Benchmark, Row
+from convbn_compile.contenders import ALL, NAMES, Checkpointed, Contender, checkpointed, contender, contenders, fused
+from convbn_compile.measure import saved_for_backward
+from convbn_compile.options import Lowering
+
+bench = importlib.import_module("convbn_compile.bench").bench
+MIB = 2**20
+X = torch.zeros(2, 3, 12, 12)
+
+
+def block(inputs, outputs):
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+def net():
+    return randomise(nn.Sequential(block(3, 8), nn.Sequential(block(8, 8), block(8, 8))))
+
+
+class Fake(nn.Module):
+    """Writes its name down, and takes so many seconds of a clock that nobody else turns, more in each round."""
+
+    def __init__(self, name, world, seconds):
+        super().__init__()
+        self.name, self.world, self.seconds = name, world, seconds
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        self.world["ran"].append(self.name)
+        rounds = len(self.world["ran"])
+        if self.name == self.world.get("dies") and rounds > 30:
+            raise MemoryError("no more")
+        self.world["clock"] += self.seconds * (1 + rounds // 3)
+        return x * self.weight
+
+
+def fakes(world):
+    """Three contenders, of which each takes twice as long as the one before."""
+    return [
+        Contender(name, name.upper(), lambda _, name=name, seconds=2.0**power: Fake(name, world, seconds))
+        for power, name in enumerate(("one", "two", "four"))
+    ]
+
+
+@pytest.fixture
+def world(monkeypatch):
+    """What fakes write to; its clock is the benchmark's."""
+    found = {"ran": [], "clock": 0.0}
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: found["clock"])
+    return found
+
+
+def test_each_on_its_own_then_all_in_turn_and_none_always_behind_the_same(world):
+    found = bench(nn.Identity(), X, contenders=fakes(world), steps=6, reference="two", lowering="aot_eager")
+    ran = world["ran"]
+    timed = [ran[at : at + 3] for at in range(len(ran) - 18, len(ran), 3)]
+    assert timed[:3] == [["four", "one", "two"], ["one", "two", "four"], ["two", "four", "one"]]
+    assert timed[3:] == timed[:3]
+    alone = ran[: ran.index("two")]
+    assert len(alone) > 3
+    assert alone == ["one"] * len(alone)
+    assert "one" not in ran[len(alone) : 3 * len(alone)]
+    assert [len(row.seconds) for row in found.rows] == [6, 6, 6]
+
+
+def test_ratios_are_of_the_same_round(world):
+    """Later steps take longer: medians of a machine that slows down say little, pairs are exact but within a round."""
+    found = bench(nn.Identity(), X, contenders=fakes(world)[:2], steps=5, reference="one", lowering="aot_eager")
+    one, two = found.rows
+    assert (one.ratio, one.label, one.cold_seconds, one.kernels) == (1.0, "ONE", None, None)
+    assert two.ratio == pytest.approx(2, rel=0.1)
+    assert max(one.seconds) > 1.3 * min(one.seconds)
+    assert one.spread > 0
+
+
+def test_one_that_fails_on_the_way_is_a_line_and_costs_no_other_its_steps(world):
+    world["dies"] = "two"
+    found = bench(nn.Identity(), X, contenders=fakes(world), steps=6, reference="two", lowering="aot_eager")
+    assert [row.because for row in found.rows] == ["", "MemoryError: no more", ""]
+    assert [len(row.seconds) for row in found.rows] == [6, 0, 6]
+    assert [row.ratio for row in found.rows] == [None] * 3
+    assert found.rows[1].saved_bytes is None
+    assert str(found).splitlines()[-1] == "TWO could not run: MemoryError: no more"
+    assert len([line for line in str(found).splitlines() if line.startswith(("ONE", "FOUR"))]) == 2
+
+
+@pytest.fixture(scope="module")
+def found():
+    """A benchmark of a small network, without code generation."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    chosen = ["eager", "train", "inductor", "pytorch", "tune", "checkpoint", "memsave_torch"]
+    return bench(net(), X, contenders=chosen, batches=[4], steps=2, lowering="aot_eager")
+
+
+def test_figures_are_those_of_explain_and_of_eager(found):
+    rows = {row.contender: row for row in found.rows}
+    model, x = net(), torch.randn(4, 3, 12, 12)
+    report = cb.explain(model, x)
+    assert rows["inductor"].saved_bytes == report.saved_bytes_before
+    assert rows["tune"].saved_bytes == report.saved_bytes_after < report.saved_bytes_before
+    assert rows["eager"].saved_bytes == saved_for_backward(model, model, x)
+    activation = 4 * 8 * 12 * 12 * 4
+    assert rows["checkpoint"].saved_bytes == 2 * activation  # before and after the first ReLU
+    assert {name: row.convolutions for name, row in rows.items() if not row.because} == {
+        "eager": (3, 3), "train": (3, 3), "inductor": (3, 3), "tune": (3, 3), "checkpoint": (5, 3),
+    }  # fmt: skip
+    ran = [row for row in found.rows if not row.because]
+    assert all(row.batch == 4 and row.size == 12 and len(row.seconds) == 2 and row.ratio > 0 for row in ran)
+    assert all(0 <= row.peak_bytes < 200 * MIB for row in ran)
+    assert [row.contender for row in ran if row.cold_seconds is not None] == ["inductor", "tune"]
+    assert all(row.cold_seconds > 0 and row.warm_seconds > 0 for row in ran if row.cold_seconds is not None)
+    assert all(row.kernels is None and row.reserved_bytes is None for row in ran)
+
+
+def test_those_that_cannot_run_say_why(found):
+    lines = str(found).splitlines()
+    assert lines[-2].startswith(
+        "PyTorch's pass could not run: NotImplementedError: PyTorch's pass is one of Inductor's"
+    )
+    assert lines[-1].startswith("memsave_torch could not run: ModuleNotFoundError: memsave_torch cannot be imported")
+    assert lines[0].split("  ")[0] == "contender"
+    assert "kernels" not in lines[0]
+    assert "reserved" not in lines[0]
+
+
+def test_json_and_back(found):
+    data = json.loads(json.dumps(found.to_dict()))
+    assert Benchmark.from_dict(data) == found
+    assert {"date", "convbn_compile", "torch", "python", "platform", "device", "threads"} <= set(data["configuration"])
+    assert data["configuration"]["lowering"] == "aot_eager"
+    assert data["configuration"]["reference"] == "inductor"
+
+
+def test_the_model_and_the_world_are_left_as_they_were(found):
+    model, before = nn.Sequential(block(3, 4)).train(), dict(os.environ)
+    random, kept = torch.get_rng_state(), {name: value.clone() for name, value in model.state_dict().items()}
+    bench(model, X, contenders=["train", "deploy"], dtypes=["autocast-bfloat16"], steps=1, lowering="aot_eager")
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert dict(os.environ) == before
+
+
+def test_deploy_is_forward_only_and_dtypes_are_those_that_were_asked_for():
+    seen = []
+
+    class Seen(nn.Conv2d):
+        def forward(self, x):
+            result = super().forward(x)
+            seen.append((x.dtype, self.weight.dtype, result.dtype, torch.is_grad_enabled()))
+            return result
+
+    dtypes = ["float64", "bfloat16", "autocast-bfloat16"]
+    chosen = [Contender("forward", "forward", backward=False)]
+    found = bench(Seen(3, 4, 1), X, contenders=chosen, dtypes=dtypes, sizes=[5], steps=1, lowering="aot_eager")
+    low = torch.bfloat16
+    wanted = [(torch.float64,) * 3, (low,) * 3, (torch.float32, torch.float32, low)]
+    assert list(dict.fromkeys(seen)) == [(*dtypes, False) for dtypes in wanted]
+    assert [(row.size, row.dtype) for row in found.rows] == [(5, dtype) for dtype in dtypes]
+    assert all(row.saved_bytes is None and row.ratio is None and row.seconds for row in found.rows)
+    assert not contender("deploy").backward
+
+
+def test_cold_misses_the_caches_and_warm_hits_them():
+    """With code generation: kernels are counted, and what compiles at first comes from the disk then."""
+    counters.clear()
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)).requires_grad_(False)
+    model[1].weight.requires_grad_()
+    [row] = bench(model, torch.zeros(1, 2, 3, 3), contenders=["inductor"], steps=1).rows
+    assert not row.because
+    assert row.kernels >= 2
+    assert row.convolutions == (1, 0)
+    assert counters["aot_autograd"]["autograd_cache_hit"] == 1
+    assert counters["inductor"]["fxgraph_cache_hit"] >= 2
+    assert row.warm_seconds < row.cold_seconds
+
+
+def test_peak_of_the_process():
+    def step():
+        held = torch.ones(64 * MIB // 4)
+        time.sleep(0.05)
+        del held
+
+    assert 63 * MIB <= measure._rise_of_process(step) <= 70 * MIB
+    assert measure._rise_of_process(lambda: None) < 4 * MIB
+
+
+def test_peak_of_the_process_where_it_can_only_be_watched(monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "CLEAR_REFS", tmp_path / "no" / "such")
+    test_peak_of_the_process()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"contenders": ["tuned"]}, "Unknown contender 'tuned'. Did you mean 'tune'? Known: eager, train, inductor"),
+        ({"contenders": ["eager@0.5"]}, "inductor and tune also with a memory budget, such as tune@0.5."),
+        ({"contenders": ["tune@2"]}, "memory_budget must be in (0, 1], got 2.0"),
+        ({"contenders": ["tune", "tune"]}, "contenders: 'tune' is there twice."),
+        ({"contenders": []}, "contenders: there is none."),
+        ({"reference": "deploy"}, "reference must be one of the contenders, eager; got 'deploy'."),
+        ({"dtypes": ["int8"]}, "Unknown dtype 'int8'. Known: float32, bfloat16"),
+        ({"lowering": "fast"}, "Unknown lowering 'fast'."),
+        ({"steps": 0}, "steps must be at least 1, got 0."),
+        ({"batches": [4, 0]}, "batches must be at least 1, got 0."),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_runs(arguments, message):
+    with pytest.raises(ValueError, match="^") as raised:
+        bench(nn.Identity(), X, **{"contenders": ["eager"], **arguments})
+    assert message in str(raised.value)
+
+
+def test_a_model_and_inputs_are_needed():
+    with pytest.raises(TypeError, match="bench needs a torch.nn.Module, got 3"):
+        bench(3, X)
+    with pytest.raises(TypeError, match="bench needs what the model is called with, such as torch.zeros"):
+        bench(nn.Identity())
+
+
+def test_reference_is_inductor_or_the_first():
+    chosen = [Contender(name, name) for name in ("one", "inductor")]
+    run = partial(bench, nn.Conv2d(3, 3, 1), X, steps=1, lowering="aot_eager")
+    assert run(contenders=chosen).configuration["reference"] == "inductor"
+    assert run(contenders=chosen[:1]).configuration["reference"] == "one"
+
+
+def test_everything_frozen_is_a_line():
+    [row] = bench(nn.Conv2d(3, 3, 1).requires_grad_(False), X, contenders=["eager"], steps=1).rows
+    assert row.because == ("ValueError: no output requires a gradient, so there is no backward: is everything frozen?")
+
+
+def test_names_and_labels():
+    assert contender("tune@0.5").label == "Tune, budget 0.5"
+    assert {one.name for one in contenders(ALL)} == {*NAMES, "tune@0.99", "tune@0.5", "tune@0.25"}
+    assert all(one.compile is None for one in contenders(NAMES, Lowering.AOT_EAGER) if "eager" in one.label)
+
+
+def test_blocks_are_the_smallest_parts_with_two_norms():
+    model = checkpointed(nn.Sequential(block(3, 8), nn.Sequential(block(8, 8), block(8, 8)), nn.BatchNorm2d(8)))
+    assert [name for name, module in model.named_modules() if isinstance(module, Checkpointed)] == ["1"]
+    assert isinstance(checkpointed(nn.Sequential(*block(3, 8), nn.BatchNorm2d(8))), Checkpointed)
+    with pytest.raises(ValueError, match="no part of the model has two norms"):
+        checkpointed(block(3, 8))
+
+
+def test_what_goes_into_a_checkpoint_is_saved():
+    model = checkpointed(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Sequential(block(8, 8), block(8, 8)))).eval()
+    assert isinstance(model[1], Checkpointed)
+    assert saved_for_backward(model, model, X) == 2 * 8 * 12 * 12 * 4
+
+
+def test_the_network_of_a_contender_computes_what_the_model_does():
+    model = net().double()
+    x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    wanted = model(x)
+    assert torch.equal(checkpointed(randomised_like(model))(x), wanted)
+    torch.testing.assert_close(fused(randomised_like(model))(x), wanted)
+
+
+def randomised_like(model):
+    copied = net().double()
+    copied.load_state_dict(model.state_dict())
+    return copied
+
+
+# --- plots and the command ---------------------------------------------------------------------------------------
+
+
+def rows(batches=(1, 2), sizes=(8, 16), reserved=None):
+    """Of two contenders, one of them also with a budget."""
+    names = {"inductor": 4, "tune": 2, "tune@0.5": 1}
+    return tuple(
+        Row(
+            name,
+            name.upper(),
+            batch,
+            size,
+            "float32",
+            "",
+            (0.001 * batch,),
+            1.0,
+            batch * size * share * MIB,
+            3 * MIB,
+            reserved,
+        )
+        for batch in batches
+        for size in sizes
+        for name, share in names.items()
+    )
+
+
+def drawn(monkeypatch, tmp_path, found):
+    """The panels of a plot."""
+    kept = []
+    figures = importlib.import_module("matplotlib.figure")
+    save = figures.Figure.savefig
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, *a, **k: (kept.append(figure), save(figure, *a, **k)))
+    _bench_plot.plot(Benchmark({}, found), tmp_path / "bench.png", title="net")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    return kept[0].axes
+
+
+def test_plots_against_batch_size_and_resolution_and_each_other(monkeypatch, tmp_path):
+    panels = drawn(monkeypatch, tmp_path, rows())
+    assert [panel.get_xlabel() for panel in panels] == [
+        "batch size", "batch size", "resolution", "resolution", "saved for backward, MiB",
+    ]  # fmt: skip
+    assert [panel.get_title() for panel in panels] == [
+        "resolution 8", "resolution 8", "batch size 1", "batch size 1", "batch size 2, resolution 16",
+    ]  # fmt: skip
+    inductor, tune, _ = panels[0].get_lines()
+    assert (list(inductor.get_xdata()), list(inductor.get_ydata())) == ([1, 2], [32, 64])
+    assert list(tune.get_ydata()) == [16, 32]
+    assert list(panels[1].get_lines()[0].get_ydata()) == [1, 2]
+    front = panels[-1].get_lines()[-1]
+    assert list(front.get_xdata()) == [32, 64]  # tune@0.5 and tune are joined
+
+
+def test_plots_of_one_setting_and_of_a_gpu(monkeypatch, tmp_path):
+    dead = Row("pytorch", "PyTorch's pass", 1, 8, "float32", "no such luck")
+    [panel] = drawn(monkeypatch, tmp_path, (*rows((1,), (8,), reserved=5 * MIB), dead))
+    assert panel.get_xlabel() == "peak memory, MiB"
+    assert next(iter(panel.get_lines()[0].get_xdata())) == 3
+    with pytest.raises(ValueError, match="nothing to plot: no contender ran"):
+        _bench_plot.plot(Benchmark({}, (dead,)), tmp_path / "bench.png")
+
+
+@pytest.fixture
+def model(tmp_path):
+    (tmp_path / "nets.py").write_text(
+        "from torch import nn\ndef net():\n    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())\n"
+    )
+    return f"{tmp_path / 'nets.py'}:net"
+
+
+FEW = ["--contenders", "eager", "train", "--steps", "2", "--lowering", "aot_eager"]
+
+
+def test_the_command_prints_a_table_and_writes_files(model, tmp_path, capsys):
+    files = ["--out", str(tmp_path / "bench.json"), "--plot", str(tmp_path / "bench.svg")]
+    arguments = ["bench", model, "--input", "1,3,8,8", "--batch", "2", "3", "--size", "8", *FEW, *files]
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[:4] for line in out.splitlines()[2:4]] == [
+        ["eager", "Eval", "2", "8"],
+        ["eager", "Train", "2", "8"],
+    ]
+    assert len(out.splitlines()) == 2 + 4
+    data = json.loads((tmp_path / "bench.json").read_text())
+    assert data["configuration"]["command"].startswith("convbn-compile bench ")
+    assert data["configuration"]["command"].endswith("bench.svg")
+    assert data["configuration"]["model"] == model
+    assert str(Benchmark.from_dict(data)) + "\n" == out
+    assert "<svg" in (tmp_path / "bench.svg").read_text()
+
+
+def test_the_command_prints_json_and_nothing_else(model, capsys):
+    threads = torch.get_num_threads()
+    try:
+        assert cli.main(["bench", model, "--input", "1,3,8,8", *FEW, "--threads", "1", "--json"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    data = json.loads(capsys.readouterr().out)
+    assert [row["contender"] for row in data["rows"]] == ["eager", "train"]
+    assert data["configuration"]["threads"] == 1
+    assert data["rows"][0]["saved_bytes"] == 2 * 4 * 6 * 6 * 4
+
+
+def test_code_1_if_nothing_could_run(model, tmp_path, capsys):
+    plot = ["--plot", str(tmp_path / "bench.png")]
+    arguments = ["--contenders", "memsave_torch", "--lowering", "aot_eager", *plot]
+    assert cli.main(["bench", model, "--input", "1,3,8,8", *arguments]) == 1
+    out, err = capsys.readouterr()
+    assert out.startswith("memsave_torch could not run: ModuleNotFoundError")
+    assert "bench.png was not written: There is nothing to plot" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--contenders", "tuned"], "argument --contenders: Unknown contender 'tuned'. Did you mean 'tune'?"),
+        (["--contenders", "tune@0"], "memory_budget must be in (0, 1], got 0.0"),
+        (["--contenders", "tune", "tune"], "contenders: 'tune' is there twice."),
+        (["--dtype", "float31"], "argument --dtype: Unknown dtype 'float31'."),
+        (["--batch", "0"], "argument --batch: '0' is no number of 1 or more"),
+        (
+            ["--reference", "eager", "--contenders", "tune"],
+            "reference must be one of the contenders, tune; got 'eager'.",
+        ),
+        (["--device", "abacus"], "argument --device: Expected one of cpu, cuda"),
+        (["--out", "bench.txt"], "'bench.txt' does not end in .json"),
+        (["--out", "no/such/bench.json"], "'no/such/bench.json': there is no folder no/such"),
+        (["--all"], "unrecognized arguments: --all"),
+    ],
+)
+def test_code_2_for_wrong_usage(model, arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["bench", model, "--input", "1,3,8,8", *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["psutil", "tqdm", "matplotlib"])
+def test_a_missing_package_is_named_with_its_extra(package, model, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, package, None)
+    arguments = ["bench", model, "--input", "1,3,8,8", *FEW, "--plot", str(tmp_path / "bench.png")]
+    assert cli.main(arguments) == 3
+    assert (
+        f"This needs {package}, which is not installed: pip install 'convbn-compile[bench]'" in capsys.readouterr().err
+    )
+
+
+def test_the_bar_tells_what_is_done(monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        "convbn_compile.bench._tell", lambda bar, setting, what: told.append((bar.total, f"{setting}{what}"))
+    )
+    bench(nn.Conv2d(3, 3, 1), X, contenders=["eager"], batches=[1], steps=3, progress=True)
+    assert len(told) == told[0][0] == 2 + _contest.WARMUPS + 3
+    assert told[0][1] == "batch 1, float32, eager Eval: cold"
