@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from saved_bytes import MIB, make, saved_for_backward, write
+from saved_bytes import MIB, make, write
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import convbn_compile
+from convbn_compile.measure import saved_for_backward
 
 NETWORKS = ("resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "timm:convnext_atto", "timm:repvgg_a0")
 

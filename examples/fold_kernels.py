@@ -22,13 +22,15 @@ from unittest import mock
 import torch
 import torch._functorch.config
 import torch._inductor.config
-from saved_bytes import fused, make, write
+from saved_bytes import make, write
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch._inductor import metrics
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.utils import run_and_get_code
 from tqdm import tqdm
+
+from convbn_compile.contenders import fused
 
 KERNEL = re.compile(r"^\s*(?:cpp_\w+\(|triton_\w+\.run\()", re.MULTILINE)
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -12,10 +12,12 @@ import argparse
 from pathlib import Path
 
 import torch
-from saved_bytes import MIB, make, saved_for_backward, write
+from saved_bytes import MIB, make, write
 from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
+
+from convbn_compile.measure import saved_for_backward
 
 BUDGETS = ("1", "0.99", "pointwise", "0.5", "0.25", "0.1")
 

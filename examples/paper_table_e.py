@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from saved_bytes import MIB, fused, make, write
+from saved_bytes import MIB, make, write
 from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import convbn_compile
+from convbn_compile.contenders import fused
 
 GIB = 2**30
 

@@ -10,7 +10,6 @@ import torch
 import torchvision
 from estimate_accuracy import compare, measured_peak
 from fold_cost import Branches
-from saved_bytes import saved_for_backward
 from support import compiled, randomise
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -18,6 +17,7 @@ from torchvision.models.mobilenetv3 import InvertedResidualConfig
 from torchvision.models.resnet import BasicBlock
 
 import convbn_compile as cb
+from convbn_compile.measure import saved_for_backward
 
 largest = importlib.import_module("convbn_compile.largest_batch")  # the name is the function's in the package
 

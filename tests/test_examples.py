@@ -58,7 +58,7 @@ def test_saved_bytes(tmp_path):
     printed = run("saved_bytes.py", "resnet18", "--shape", 4, 3, 128, 128, "--json", tmp_path / "saved.json")
     assert "Tune" in printed
     row = json.loads((tmp_path / "saved.json").read_text())["bytes"]["resnet18"]
-    assert row["Tune"] == row["fused network"] < row["Inductor Eval"]
+    assert row["Tune"] < row["fused network"] < row["Inductor Eval"]
 
 
 def test_finetune(tmp_path):

@@ -7,12 +7,12 @@ import random
 import pytest
 import torch
 import torchvision
-from saved_bytes import saved_for_backward
 from support import assert_as_eager, compiled, copied, joint_graph, randomise, relative_errors, run
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from convbn_compile import _torch, joint_pass, lowering, memory_budget
+from convbn_compile.measure import saved_for_backward
 from convbn_compile.memory_budget import LEVELS
 from convbn_compile.options import POINTWISE, Options
 from convbn_compile.saved_bytes import saved_bytes, saved_bytes_at

@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from saved_bytes import saved_for_backward
 from support import assert_as_eager, compiled, joint_graph, randomise
 from test_backend import double
 from torch import nn
@@ -12,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from convbn_compile import joint_pass
 from convbn_compile.identities import bits_of_mask as identity
+from convbn_compile.measure import saved_for_backward
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((8,), 0), ((2, 16), 1), ((3, 24, 5, 7), 1), ((2, 3, 4, 40), 3)])

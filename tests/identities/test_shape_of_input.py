@@ -3,13 +3,13 @@
 import pytest
 import torch
 from identities.grid import IDS, SETTINGS, case
-from saved_bytes import saved_for_backward
 from support import assert_as_eager, compiled, joint_graph, randomise
 from test_backend import double, pair
 from torch import nn
 
 from convbn_compile import joint_pass
 from convbn_compile.identities import shape_of_input as identity
+from convbn_compile.measure import saved_for_backward
 
 aten = torch.ops.aten
 

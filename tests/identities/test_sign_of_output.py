@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from identities.test_mask_of_clamp import SPECIAL, net
-from saved_bytes import saved_for_backward
 from support import assert_as_eager, compiled, joint_graph
 from test_backend import double
 from torch import nn
 
 from convbn_compile import joint_pass
 from convbn_compile.identities import sign_of_output as identity
+from convbn_compile.measure import saved_for_backward
 
 ACTIVATIONS = [nn.LeakyReLU(0.1), nn.LeakyReLU(2.5), nn.ELU(), nn.ELU(0.3), nn.SELU(), nn.CELU(), nn.CELU(3.0)]
 # the activation, its c, its n, and what exp has an absolute error of: a rounding of z
