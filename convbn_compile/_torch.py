@@ -26,6 +26,7 @@ import torch.distributed
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
+from torch._dynamo.eval_frame import remove_from_cache
 from torch._dynamo.exc import ShortenTraceback, Unsupported
 from torch._dynamo.external_utils import wrap_inline
 from torch._dynamo.pgo import get_code_state
@@ -121,6 +122,7 @@ __all__ = [
     "fake_copy",
     "fake_mode_of",
     "fake_resized",
+    "forget_compiled",
     "generated_kernels",
     "get_hash_for_files",
     "guarded",
@@ -214,6 +216,11 @@ def compile_apart(function: Callable[..., Any], **kwargs: Any) -> CompiledFuncti
     apart: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in _COMPILE_ARGUMENTS else {}
     compiled: CompiledFunction = torch.compile(function, dynamic=False, **apart, **kwargs)
     return compiled
+
+
+def forget_compiled(function: Callable[..., Any]) -> None:
+    """Free what Dynamo keeps of every compile of a function, and of those that share its code."""
+    remove_from_cache(function)
 
 
 _COMPILE_ARGUMENTS = frozenset(inspect.signature(torch.compile).parameters)

@@ -128,7 +128,7 @@ def _lowered(
     fake_mode, fakes = _fakes(model, inputs, kwargs)
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Tensor]) -> _torch.CompiledFunction:
-        lower(gm, example_inputs, options, lambda _: None, on_lowered=lowered.append)
+        lower(gm, example_inputs, options, lambda _: None, on_lowered=lambda graphs: lowered.append(graphs))
         return gm.forward
 
     def call(fakes: Any) -> Any:
@@ -144,7 +144,10 @@ def _lowered(
                 f"estimate_memory needs a model that Dynamo captures as one graph with fake tensors, which have no "
                 f"values; {type(model).__name__} it does not: {error}"
             ) from error
-    return lowered
+        finally:
+            _torch.forget_compiled(call)
+    found, lowered = lowered, []  # Dynamo keeps every backend
+    return found
 
 
 def _fakes(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
