@@ -26,22 +26,25 @@ def run(name, *arguments):
 
 NAMES = sorted(file.name for file in EXAMPLES.glob("[!_]*.py"))
 ALL_HELP = """
-import contextlib, io, json, runpy, sys
+import contextlib, io, json, runpy, sys, traceback
 sys.path[0], seen = {folder!r}, {{}}
 for name in {names!r}:
-    sys.argv = [name, "--help"]
+    sys.argv, code = [name, "--help"], "did not stop"
     with contextlib.redirect_stdout(io.StringIO()) as out:
         try:
             runpy.run_path({folder!r} + "/" + name, run_name="__main__")
         except SystemExit as stopped:
-            seen[name] = stopped.code, out.getvalue()
+            code = stopped.code
+        except Exception:
+            code = traceback.format_exc()
+    seen[name] = code, out.getvalue()
 print(json.dumps(seen))
 """
 
 
 @pytest.fixture(scope="module")
 def helps(tmp_path_factory):
-    """Exit code and output of each example for --help, all in one process, which imports torch once."""
+    """Exit code, or what went wrong, and output of each example for --help; one process, which imports torch once."""
     script = tmp_path_factory.mktemp("help") / "all_help.py"
     script.write_text(ALL_HELP.format(names=NAMES, folder=str(EXAMPLES)))
     return json.loads(run(script))
@@ -50,7 +53,7 @@ def helps(tmp_path_factory):
 @pytest.mark.parametrize("name", NAMES)
 def test_help(name, helps):
     code, printed = helps[name]
-    assert code == 0
+    assert code == 0, code
     assert printed.startswith(f"usage: {name}")
 
 
