@@ -96,6 +96,7 @@ def test_what_is_not_recorded_is_traced_by_make_fx(function):
     assert nodes(trace(function, [argument]).graph) == nodes(_torch.traced_by_make_fx(function, [argument]))
 
 
+@pytest.mark.filterwarnings("ignore")  # of fx, that a size is in the graph as it is
 def test_arithmetic_of_dynamic_sizes_is_traced_by_make_fx():
     mode = FakeTensorMode(shape_env=ShapeEnv())
     argument = mode.from_tensor(torch.randn(3, 2))
