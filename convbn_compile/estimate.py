@@ -83,7 +83,7 @@ def estimate_memory(
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU()).eval()
         >>> print(estimate_memory(net, torch.empty(10_000, 3, 226, 226, device="meta")).saved_bytes // 2**30)
-        29
+        3
     """
     check_module(model, "estimate_memory")
     parsed = Options.parse(mode, {"memory_budget": memory_budget, **(options or {})})

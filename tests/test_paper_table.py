@@ -47,8 +47,8 @@ def test_a_row_counted_again(name, rows):
 
 
 def test_the_same_bytes_per_image_as_are_measured(rows):
-    """4 images of 224 keep 140.14 MiB in Tune (tests/test_saved_bytes.py): ResNet-50 saves nothing else."""
+    """4 images of 224 keep 140.14 MiB of the fused network (docs/benchmarks/saved_bytes.md), and Tune no more."""
     for row in rows:
         images = row["batch"] * (row["size"] / 224) ** 2
-        assert row["Tune"]["saved"] / MIB == pytest.approx(140.14 / 4 * images, rel=1e-3)
-        assert row["Tune"]["saved"] == row["fused network"]["saved"]
+        assert row["fused network"]["saved"] / MIB == pytest.approx(140.14 / 4 * images, rel=1e-3)
+        assert row["Tune"]["saved"] <= row["fused network"]["saved"] < row["Eval"]["saved"]
