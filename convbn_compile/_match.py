@@ -101,9 +101,22 @@ def match(region: Region, gradients: Gradients, written: Collection[Node] = ()) 
         return NoMatch(f"the {op.name} computes in float16, whose range s . w would leave, and the scale is wider")
     if alone and not region.products:
         return Match(region, merged, fits, (None,))
+    if _is_scaled_wider(region):
+        dtypes = f"{value(op.node).dtype}, and its output is cast to {value(output.node).dtype} and scaled there"
+        return NoMatch(f"the {op.name} computes in {dtypes}: the scale's gradient would lose what that is more exact")
     if any(op.bias is not None and before_cast(op.bias) in written for op in region.operators):
         return NoMatch(f"forward changes the {op.name}'s bias in place, which backward would read")
     return _with_gradients(region, merged, gradients, fits=fits)
+
+
+def _is_scaled_wider(region: Region) -> bool:
+    """True if the output is cast to a wider dtype and stays in it: the operator's weight's gradient is rounded, g is not.
+
+    Where the result is narrow again, or the multiplication does the widening, eager's gradient is rounded as much.
+    """
+    start, *way = region.way
+    width = value(start.node).dtype.itemsize
+    return way[0].node.target is convert_element_type and all(value(each.node).dtype.itemsize > width for each in way)
 
 
 def _merged(region: Region) -> Merged | str:

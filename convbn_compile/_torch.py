@@ -667,7 +667,7 @@ def compile_with_aot_eager(
     gm: fx.GraphModule,
     inputs: Sequence[Tensor],
     *,
-    joint_pass: GraphPass,
+    joint_pass: GraphPass | None,
     config: Mapping[str, Any],
     memory_budget: float | str,
     on_inference: CompileInference | None = None,
@@ -675,10 +675,11 @@ def compile_with_aot_eager(
 ) -> CompiledFunction:
     """Compile a Dynamo graph with AOTAutograd and run its graphs as they are, without code generation.
 
-    `on_lowered` is told what is run. Of `config`, Inductor's, only the user's own joint pass has an effect. Hides:
-    aot_autograd.
+    `on_lowered` is told what is run. Of `config`, Inductor's, only the user's own joint pass has an effect. Without a
+    `joint_pass` batch norms are decomposed from the start: whole ones run as eager's kernels, whose strides may not
+    be those traced. Hides: aot_autograd.
     """
-    passes = _chain(joint_pass, "", config)
+    passes = _chain(joint_pass or (lambda _: None), "", config)
 
     def inference(graph_module: fx.GraphModule, graph_inputs: Sequence[Any]) -> CompiledFunction:
         _on_every_graph(passes, graph_module)
@@ -704,7 +705,7 @@ def compile_with_aot_eager(
         fw_compiler=lambda graph_module, _: _as_is(graph_module),
         inference_compiler=inference,
         partition_fn=partition_joint,
-        decompositions=_whole_batch_norm(),
+        decompositions=_whole_batch_norm() if joint_pass else default_decompositions(),
         keep_inference_input_mutations=True,
     )
     with _budget(memory_budget):

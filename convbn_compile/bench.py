@@ -70,7 +70,7 @@ def bench(
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
         >>> found = bench(net, torch.zeros(1, 3, 8, 8), contenders=["eager"], batches=[1, 2], steps=1)
         >>> [(row.batch, row.saved_bytes) for row in found.rows]
-        [(1, 1184), (2, 2336)]
+        [(1, 1152), (2, 2304)]
     """
     check_module(model, "bench")
     model, kwargs = unwrapped(model), dict(kwargs or {})

@@ -87,7 +87,7 @@ def _lower(
         common["on_inference"] = partial(keep_constants, for_inductor=options.lowering is Lowering.INDUCTOR)
     if options.lowering is Lowering.AOT_EAGER:
         common["on_lowered"] = on_lowered or (lambda _: None)
-        return _torch.compile_with_aot_eager(gm, inputs, joint_pass=joint_pass or (lambda _: None), **common)
+        return _torch.compile_with_aot_eager(gm, inputs, joint_pass=joint_pass, **common)
     runs = options.mode.folds or options.memory_budget != 1.0
     common |= {"last_pass": reduce_kernels, "uuid": uuid(options)}
     return _torch.compile_with_inductor(gm, inputs, joint_pass=joint_pass if runs else None, **common)

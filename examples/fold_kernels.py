@@ -58,8 +58,14 @@ def compiled(model: nn.Module, name: str, options: dict[str, Any]) -> Callable[.
 
 
 def not_compiled(*_: Any, **__: Any) -> Callable[..., None]:
-    """In place of a compiled C++ function: nothing is written to what it would have written to."""
-    return lambda *_: None
+    """In place of a compiled C++ function: all is left as it is, but for integers, which are indices: all 0."""
+
+    def zero_indices(*tensors: Any) -> None:
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and not tensor.is_floating_point():
+                tensor.zero_()
+
+    return zero_indices
 
 
 @mock.patch.object(AsyncCompile, "cpp_pybinding", not_compiled)

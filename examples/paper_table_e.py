@@ -245,7 +245,7 @@ def main() -> None:
         print("\n" + per_image(rows))
     if arguments.json:
         gpu = torch.cuda.get_device_name() if arguments.device == "cuda" else None
-        write(arguments.json, {"rows": rows}, model=arguments.model, device=arguments.device, gpu=gpu)
+        write(arguments.json, {"settings": rows}, model=arguments.model, device=arguments.device, gpu=gpu)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import argparse
 import copy
 import os
 import warnings
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from support import compiled, counted, difference, magnitude, randomise, run
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 from convbn_compile import saved_bytes
@@ -349,12 +350,18 @@ def _tuned(model: nn.Module, x: Tensor, case: Case) -> tuple[dict[str, Tensor | 
     # a limit of the partitioner that counts nodes of the whole graph, and so knows folded graphs from others
     no_limit = torch._functorch.config.patch(ban_recompute_long_fusible_chains=False)
     # to the partitioner the slice of a concatenation is as good as what it is sliced from, though it keeps more
-    as_partitioned = mock.patch.object(saved_bytes, "_num_bytes", lambda node: node.meta["val"].nbytes)
+    as_partitioned = mock.patch.object(saved_bytes, "storages", _parts_kept)
     with warnings.catch_warnings(), no_limit, as_partitioned, counted() as counts:
         warnings.simplefilter("error")
         found = run(torch.compile(model, backend=backend), model, x)
     assert counts.convolutions_gone == counts.merged
     return found, Report.sum(reports)
+
+
+def _parts_kept(nodes: Iterable[Any]) -> dict[int, int]:
+    """The memory of what nodes are, of each only the part that the last node of it shows."""
+    tensors = (node.meta["val"] for node in nodes if isinstance(node, fx.Node))
+    return {tensor.untyped_storage()._cdata: tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor)}
 
 
 def _errors(found: Results, exact: Results) -> dict[tuple[str, torch.dtype], float]:

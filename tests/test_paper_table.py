@@ -15,7 +15,7 @@ PAGE = Path(__file__).parents[1] / "docs/benchmarks/paper_table_e.md"
 
 @pytest.fixture(scope="module")
 def rows():
-    return json.loads(PAGE.with_name("paper_table_e_cpu_202611.json").read_text())["rows"]
+    return json.loads(PAGE.with_name("paper_table_e_cpu_202611.json").read_text())["settings"]
 
 
 def test_settings_that_are_not_traced_are_as_if_they_were():
