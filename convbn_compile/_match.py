@@ -110,7 +110,7 @@ def match(region: Region, gradients: Gradients, written: Collection[Node] = ()) 
 
 
 def _is_scaled_wider(region: Region) -> bool:
-    """True if the output is cast to a wider dtype and stays in it: the operator's weight's gradient is rounded, g is not.
+    """True if the output is cast to a wider dtype and stays there: the weight's gradient is rounded, g is not.
 
     Where the result is narrow again, or the multiplication does the widening, eager's gradient is rounded as much.
     """
