@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
 from torch._dynamo.eval_frame import remove_from_cache
-from torch._dynamo.exc import ShortenTraceback, Unsupported
+from torch._dynamo.exc import ShortenTraceback, TorchRuntimeError, Unsupported
 from torch._dynamo.external_utils import wrap_inline
 from torch._dynamo.pgo import get_code_state
 from torch._functorch import partitioners
@@ -42,7 +42,12 @@ from torch._inductor.pattern_matcher import stable_topological_sort
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.utils import clear_caches
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeCopyMode,
+    FakeTensorMode,
+)
 from torch.autograd.profiler_legacy import profile
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -64,8 +69,10 @@ ConvolutionModule = _ConvNd
 
 DispatchMode = TorchDispatchMode
 """Sees every operator that is called inside of it."""
-GraphBreak = Unsupported
-"""What Dynamo raises where it would break the graph, if it must not."""
+NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
+"""What fake tensors raise where the values of real ones decide."""
+NOT_TRACED = (Unsupported, TorchRuntimeError, *NEEDS_VALUES)
+"""What compiling raises if a model cannot be captured, or not with its inputs."""
 
 CompiledFunction = Callable[..., Any]
 GraphPass = Callable[[fx.Graph], None]
@@ -95,6 +102,8 @@ class Lowered:
 OnLowered = Callable[[Lowered], None]
 
 __all__ = [
+    "NEEDS_VALUES",
+    "NOT_TRACED",
     "USERS_PASS",
     "BatchNormModule",
     "CompileGraph",
@@ -102,7 +111,6 @@ __all__ = [
     "CompiledFunction",
     "ConvolutionModule",
     "DispatchMode",
-    "GraphBreak",
     "GraphPass",
     "Lowered",
     "OnLowered",
@@ -211,7 +219,7 @@ def inductor_presets() -> dict[str, dict[str, Any]]:
 def compile_apart(function: Callable[..., Any], **kwargs: Any) -> CompiledFunction:
     """torch.compile with fixed sizes and, where torch can, entries that count towards no other's recompile limit.
 
-    With `fullgraph` a GraphBreak is raised where there would be a second graph.
+    With `fullgraph` one of NOT_TRACED is raised where there would be a second graph.
     """
     apart: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in _COMPILE_ARGUMENTS else {}
     compiled: CompiledFunction = torch.compile(function, dynamic=False, **apart, **kwargs)

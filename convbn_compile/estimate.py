@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -77,8 +77,9 @@ def estimate_memory(
 
     Raises:
         TypeError: `model` is not a module, or one of TorchScript; an option of the wrong type.
-        ValueError: an unknown mode, option or value; a model that is not captured as one graph, that cannot be copied,
-            that has lazy parameters, or that fully_shard was applied to; autocast where all is on meta.
+        ValueError: an unknown mode, option or value; inputs that the model does not take; a model that is not captured
+            as one graph, that cannot be copied, that has lazy parameters, or that fully_shard was applied to; autocast
+            where all is on meta.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU()).eval()
@@ -139,7 +140,8 @@ def _lowered(
     with torch.random.fork_rng(), _torch.leaving_no_trace(), fake_mode, no_grad:
         try:
             _torch.compile_apart(call, backend=backend, fullgraph=True)(fakes)
-        except _torch.GraphBreak as error:
+        except _torch.NOT_TRACED as error:
+            _check_inputs(model, lambda: call(fakes))
             raise ValueError(
                 f"estimate_memory needs a model that Dynamo captures as one graph with fake tensors, which have no "
                 f"values; {type(model).__name__} it does not: {error}"
@@ -148,6 +150,20 @@ def _lowered(
             _torch.forget_compiled(call)
     found, lowered = lowered, []  # Dynamo keeps every backend
     return found
+
+
+def _check_inputs(model: nn.Module, call: Callable[[], Any]) -> None:
+    """Refuse inputs with which the model cannot be called at all."""
+    try:
+        call()
+    except _torch.NEEDS_VALUES:
+        return
+    except Exception as error:
+        raise ValueError(
+            f"estimate_memory cannot call {type(model).__name__} with these inputs: {type(error).__name__}: {error}. "
+            "Pass what the model itself would be called with; an argument that is called mode, memory_budget or "
+            "options goes by position."
+        ) from error
 
 
 def _fakes(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:

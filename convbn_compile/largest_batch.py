@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from convbn_compile import _torch
 from convbn_compile.estimate import estimate_memory
 
+LARGEST = 2**32
+"""Batch up to which bytes may stay the same."""
+
 
 def largest_batch(
     model: nn.Module,
@@ -23,9 +26,9 @@ def largest_batch(
 ) -> int:
     """The largest batch that a step of forward and backward fits into `budget_bytes` with, by `estimate_memory`.
 
-    Bytes grow with the batch along a line, nearly, so that about four estimates find it, however large it is. Two of
-    them are of the batch, which fits, and of the next, which does not. What an estimate does not count, such as the
-    state of an optimizer, is for the caller to take off the budget.
+    Bytes grow with the batch along a line, nearly, so that about four estimates find it, however large it is; some
+    dozens where they jump. Two of them are of the batch, which fits, and of the next, which does not. What an estimate
+    does not count, such as the state of an optimizer, is for the caller to take off the budget.
 
     Args:
         model: as in estimate_memory.
@@ -98,19 +101,23 @@ def _search(bytes_at: Callable[[int], int], batch: int, budget: int) -> int:
 def _next(known: Mapping[int, int], fits: int, too_large: int | None, budget: int) -> int:
     """Where to look next: where the line through two batches meets the budget.
 
-    In the middle, or at twice the size, if there is one batch only, and from time to time: it may not be a line.
+    In the middle, or at twice the size, if there is one batch only, and from time to time: it may not be a line. Where
+    bytes do not grow, as those of weights' gradients, which may be the most in small batches, at 16 times the size.
     """
-    if len(known) % 4 == 1:
+    if len(known) == 1 or (too_large is not None and len(known) > 5 and len(known) % 2):
         guess = 2 * fits if too_large is None else (fits + too_large) // 2
     else:
         low, high = _two(sorted(known), fits, too_large)
         growth = known[high] - known[low]
-        if growth <= 0:
+        if growth > 0:
+            guess = low + (budget - known[low]) * (high - low) // growth
+        elif too_large is None and high > LARGEST:
             raise ValueError(
-                f"The bytes do not grow with the batch, dim 0 of the example: {known[low]} for {low}, {known[high]} "
-                f"for {high}."
+                f"The bytes do not grow with the batch, dim 0 of the example: {known[min(known)]} for {min(known)}, "
+                f"{known[high]} for {high}."
             )
-        guess = low + (budget - known[low]) * (high - low) // growth
+        else:
+            guess = 16 * high if too_large is None else 1
     guess = max(guess, fits + 1)
     return guess if too_large is None else min(guess, too_large - 1)
 

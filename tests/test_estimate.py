@@ -142,6 +142,30 @@ def test_torch_keeps_nothing_of_it(monkeypatch):
     assert [graph() for graph in graphs] == [None]
 
 
+@pytest.mark.parametrize(
+    ("inputs", "kwargs", "message"),
+    [
+        (
+            (torch.zeros(2, 4, 8, 8),),
+            {},
+            "RuntimeError: Given groups=1, weight of size [8, 3, 3, 3], expected input[2, 4",
+        ),
+        ((torch.zeros(2, 3, 8, 8).double(),), {}, "RuntimeError: Input type (double) and bias type (float)"),
+        ((), {}, "missing 1 required positional argument: 'input'"),
+        ((torch.zeros(2, 3, 8, 8),), {"images": 1}, "got an unexpected keyword argument 'images'"),
+    ],
+)
+def test_inputs_that_the_model_does_not_take(inputs, kwargs, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        cb.estimate_memory(small(), *inputs, **kwargs)
+    assert str(caught.value).startswith("estimate_memory cannot call Sequential with these inputs: ")
+
+
+class DependsOnValues(nn.Module):
+    def forward(self, x):
+        return x[x > 0].sum()
+
+
 class Breaks(nn.Module):
     def forward(self, x):
         return x * 2 if x.sum() > 0 else x
@@ -160,6 +184,7 @@ class Uncopied(nn.Conv2d):
             {},
             "estimate_memory needs a model that Dynamo captures as one graph with fake tensors, which have no ",
         ),
+        (DependsOnValues, {}, "which have no values; DependsOnValues it does not: aten.nonzero.default"),
         (
             lambda: Uncopied(3, 4, 3),
             {},
@@ -231,6 +256,29 @@ def test_the_search_finds_it_in_few_steps_also_if_bytes_grow_faster_later(begin,
     assert bytes_at(found) <= budget < bytes_at(found + 1)
     assert len(tried) <= 14
     assert min(tried) >= 1
+
+
+@pytest.mark.parametrize(
+    ("bytes_at", "most"),
+    [
+        (lambda batch: max(5000, 3 * batch), 12),
+        (lambda batch: 64 * (batch // 64 + 1), 30),
+        (lambda batch: batch + 10**7 * (batch > 3000), 30),
+        (lambda batch: batch**3, 30),
+    ],
+    ids=["plateau", "steps", "jump", "cubic"],
+)
+@pytest.mark.parametrize("begin", [1, 10, 5000])
+def test_the_search_where_bytes_are_no_line(bytes_at, most, begin):
+    tried = []
+
+    def counting(batch):
+        tried.append(batch)
+        return bytes_at(batch)
+
+    found = largest._search(counting, begin, 10**5)
+    assert bytes_at(found) <= 10**5 < bytes_at(found + 1)
+    assert len(tried) <= most
 
 
 @pytest.mark.parametrize(
