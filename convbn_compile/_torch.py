@@ -154,6 +154,7 @@ __all__ = [
     "keep_output_strides",
     "leaving_no_trace",
     "map_tensors",
+    "memory_budget",
     "mutated_inputs",
     "not_compiled_in_place",
     "num_forward_outputs",
@@ -751,6 +752,11 @@ def _budget(memory_budget: float | str) -> Iterator[None]:
         patched = config.patch(activation_memory_budget=memory_budget)
     with patched:
         yield
+
+
+def memory_budget() -> float:
+    """AOTAutograd's budget, of the compile that is going on or as the user configured it."""
+    return float(torch._functorch.config.activation_memory_budget)
 
 
 def set_memory_budget(level: float) -> None:

@@ -30,15 +30,17 @@ def apply(graph: Graph, budget: float | str) -> str | None:
 
     Args:
         graph: of a compile that was given the budget.
-        budget: what the user asked for.
+        budget: what the user asked for; with 1.0 what they configured of AOTAutograd stays.
 
     Returns:
         What to tell the user, if the budget is not the one that was asked for.
     """
-    if budget == 1.0:
+    if budget == 1.0 and _torch.memory_budget() == 1.0:
         return None
     try:
         _keep(graph, all_but_pointwise=budget == POINTWISE)
+        if budget == 1.0:
+            return None
         level, note = (1.0, None) if isinstance(budget, str) else choose(graph, budget)
     except Exception as error:  # noqa: BLE001  a user's training never dies of our optimisation
         warnings.warn(

@@ -209,6 +209,13 @@ def test_random_numbers_are_not_drawn_again(wrap, mode):
         assert max(errors.values()) < 1e-8, budget
 
 
+def test_random_numbers_are_not_drawn_again_at_a_configured_budget():
+    wanted = random_numbers(nn.Sequential, "aot_eager", 1.0)
+    with torch._functorch.config.patch(activation_memory_budget=0.01):
+        errors = relative_errors(random_numbers(nn.Sequential, "aot_eager", 1.0), wanted)
+    assert max(errors.values()) <= 1e-8
+
+
 def test_random_numbers_are_not_drawn_again_by_inductor():
     wanted, found = (random_numbers(nn.Sequential, "inductor", budget) for budget in (1.0, 0.01))
     assert max(relative_errors(found, wanted).values()) < 1e-8
