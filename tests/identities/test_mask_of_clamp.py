@@ -73,6 +73,22 @@ def test_16_bits(lower, upper, applies, dtype):
     assert torch.equal(found, wanted)
 
 
+def narrowed(activation, dtype):
+    """Activation in float32, and its product in 16 bits, as autocast has it."""
+    return lambda x, weight: activation(x * 2).to(dtype) @ weight
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", [nn.ReLU6(), nn.LeakyReLU(0.1)], ids=str)
+def test_a_copy_that_is_rounded_is_not_read(activation, dtype):
+    """Just below 6 it is 6 in 16 bits, and next to 0 it is 0 in float16."""
+    numbers = torch.tensor([5.9999, 6.0, 1e-9, -1e-9, 3.0, -3.0, 0.0, 7.0]) / 2
+    x, weight = numbers.expand(8, 8).clone().requires_grad_(), torch.randn(8, 8).to(dtype).requires_grad_()
+    model = narrowed(activation, dtype)
+    (wanted,), (found,) = (torch.autograd.grad(call(x, weight).sum(), x) for call in (model, compiled(model)))
+    assert torch.equal(found, wanted)
+
+
 class Compared(nn.Module):
     """A user's own comparison and clamp of one tensor."""
 
