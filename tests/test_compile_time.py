@@ -2,7 +2,9 @@
 
 import cProfile
 import itertools
+import json
 import pstats
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from convbn_compile import _torch, _trace, joint_pass, lowering
 
 LARGEST_SHARE = 0.3
 """Of the Python calls of a compile without code generation: 0.45 with every decomposition traced by make_fx."""
+
+BENCHMARKS = Path(__file__).parents[1] / "docs" / "benchmarks"
 
 
 def chain(pairs):
@@ -145,3 +149,19 @@ def test_saved_bytes_are_found_only_if_somebody_is_told(monkeypatch, caplog):
     caplog.set_level("INFO", logger="convbn_compile")
     compiled(chain(1))(images())
     assert len(seen) == 2
+
+
+def measured(name):
+    return json.loads((BENCHMARKS / name).read_text())["seconds"]
+
+
+def test_the_measured_share_of_a_cold_compile():
+    """The goal: at most 3 % on ResNet-50."""
+    seconds = measured("compile_time_cpu_202611.json")["resnet50"]
+    assert seconds["joint_pass"] <= 0.03 * seconds["compile"]
+
+
+def test_the_measured_growth_with_depth():
+    """The goal: the time of a pair constant within 1.5 times."""
+    each = [one["joint_pass"] / one["pairs"] for one in measured("compile_time_depth_cpu_202611.json").values()]
+    assert max(each) <= 1.5 * min(each)
