@@ -100,3 +100,29 @@ def test_what_is_saved():
     frozen = saved_for_backward(compiled(model), model, x)
     assert frozen == 3 * elements // 8
     assert 2 * elements * 8 <= saved_for_backward(compiled(model, mode="eval"), model, x)
+
+
+KINDS = {
+    "grouped": (nn.Conv2d(8, 8, 3, groups=4), (2, 8, 6, 6)),
+    "depthwise, dilated": (nn.Conv2d(8, 8, 3, groups=8, dilation=2), (2, 8, 6, 6)),
+    "transposed": (nn.ConvTranspose2d(8, 8, 3, stride=2, groups=2, output_padding=1), (2, 8, 6, 6)),
+    "1d, unbatched": (nn.Conv1d(8, 8, 3), (8, 16)),
+    "3d": (nn.Conv3d(8, 8, 3), (2, 8, 5, 5, 5)),
+    "an empty batch": (nn.Conv2d(8, 8, 3), (0, 8, 6, 6)),
+    "its bias trained": (nn.Conv2d(8, 8, 3), (2, 8, 6, 6)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_frozen_convolutions(kind):
+    """The input of the frozen one, which a ReLU makes of what is trained, is not saved: bits of both signs are."""
+    frozen, shape = KINDS[kind]
+    trained = type(frozen)(8, 8, 1)
+    model = randomise(nn.Sequential(trained, nn.ReLU(), frozen, nn.ReLU()).double())
+    frozen.requires_grad_(requires_grad=False)
+    if kind == "its bias trained":
+        frozen.bias.requires_grad_()
+    x = torch.randn(shape, dtype=torch.float64)
+    signs = trained(x).numel() + model(x).numel()
+    assert_as_eager(model, x, folded=0)
+    assert saved_for_backward(compiled(model), model, x) <= signs // 8
