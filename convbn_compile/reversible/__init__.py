@@ -1,0 +1,5 @@
+"""Dr²Net: pretrained residual networks that are fine-tuned in memory that does not grow with depth."""
+
+from convbn_compile.reversible.handle import Reversible as Reversible
+from convbn_compile.reversible.handle import make_reversible as make_reversible
+from convbn_compile.reversible.precision import predicted_error as predicted_error

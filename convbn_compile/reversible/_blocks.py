@@ -1,0 +1,92 @@
+"""Which blocks of torchvision and timm a chain can be made of, and what their F is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from convbn_compile.reversible._unit import Unit, whole, with_shortcut
+
+Split = Callable[[str, nn.Module], list[Unit] | None]
+"""The units of a block; None if its input and its output have other shapes."""
+
+
+def projected(slot: str, absent: type[nn.Module] | None = None, *, rectified: bool = True) -> Split:
+    """Of a block whose submodule `slot` is the projection of its shortcut.
+
+    Args:
+        slot: the submodule.
+        absent: what it is where there is no projection; None if it is None then.
+        rectified: the sum goes through an activation.
+    """
+
+    def split(path: str, block: nn.Module) -> list[Unit] | None:
+        projection = getattr(block, slot)
+        is_absent = projection is None if absent is None else isinstance(projection, absent)
+        return [Unit(path, block, with_shortcut(slot), slot, rectified)] if is_absent else None
+
+    return split
+
+
+def residual(path: str, block: nn.Module) -> list[Unit]:
+    """Of a block that is x + F(x) and no more."""
+    return [Unit(path, block, whole)]
+
+
+def halves(attention: Callable[[Any, Tensor], Tensor], mlp: Callable[[Any, Tensor], Tensor]) -> Split:
+    """Of a transformer's block, which is two units, as in the paper's Figure 4."""
+
+    def split(path: str, block: nn.Module) -> list[Unit]:
+        return [Unit(path, block, _branch(attention)), Unit(path, block, _branch(mlp))]
+
+    return split
+
+
+def _branch(f: Callable[[Any, Tensor], Tensor]) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+    return lambda module, x, alpha: f(module, x) + alpha * x
+
+
+def _attention_of_torchvision(block: Any, x: Tensor) -> Tensor:
+    x = block.ln_1(x)
+    x, _ = block.self_attention(x, x, x, need_weights=False)
+    return block.dropout(x)  # type: ignore[no-any-return]
+
+
+def _mlp_of_swin_of_timm(block: Any, x: Tensor) -> Tensor:
+    """timm's Swin makes a sequence of the image between the halves, which norm and mlp do not ask for."""
+    return block.drop_path2(block.mlp(block.norm2(x)))  # type: ignore[no-any-return]
+
+
+SPLITS: dict[tuple[str, str], Split] = {
+    ("torchvision.models.resnet", "BasicBlock"): projected("downsample"),
+    ("torchvision.models.resnet", "Bottleneck"): projected("downsample"),
+    ("torchvision.models.regnet", "ResBottleneckBlock"): projected("proj"),
+    ("torchvision.models.convnext", "CNBlock"): residual,
+    ("torchvision.models.vision_transformer", "EncoderBlock"): halves(
+        _attention_of_torchvision, lambda block, x: block.mlp(block.ln_2(x))
+    ),
+    ("torchvision.models.swin_transformer", "SwinTransformerBlock"): halves(
+        lambda block, x: block.stochastic_depth(block.attn(block.norm1(x))),
+        lambda block, x: block.stochastic_depth(block.mlp(block.norm2(x))),
+    ),
+    ("timm.models.resnet", "BasicBlock"): projected("downsample"),
+    ("timm.models.resnet", "Bottleneck"): projected("downsample"),
+    ("timm.models.regnet", "Bottleneck"): projected("downsample", absent=nn.Identity),
+    ("timm.models.convnext", "ConvNeXtBlock"): projected("shortcut", absent=nn.Identity, rectified=False),
+    ("timm.models.vision_transformer", "Block"): halves(
+        lambda block, x: block.drop_path1(block.ls1(block.attn(block.norm1(x)))),
+        lambda block, x: block.drop_path2(block.ls2(block.mlp(block.norm2(x)))),
+    ),
+    ("timm.models.swin_transformer", "SwinTransformerBlock"): halves(
+        lambda block, x: block.drop_path1(block._attn(block.norm1(x))), _mlp_of_swin_of_timm
+    ),
+}
+"""By the module and the name of the block's class."""
+
+
+def split(path: str, block: nn.Module) -> list[Unit] | None:
+    """The units of a block, of a known class; None if it is none, or changes the shape."""
+    known = SPLITS.get((type(block).__module__, type(block).__qualname__))
+    return None if known is None else known(path, block)

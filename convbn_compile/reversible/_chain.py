@@ -1,0 +1,78 @@
+"""One chain of a reversible network: in segments under autograd, as a plain loop without."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from convbn_compile.reversible import coupling
+from convbn_compile.reversible._segment import Coefficients, run, run_reversible
+from convbn_compile.reversible._unit import Unit
+
+
+class Settings(Protocol):
+    """What the chains of a network have in common."""
+
+    coefficients: Coefficients
+    ordinary: bool
+
+    def lengths(self, chain: Chain, dtype: torch.dtype, computed_in: torch.dtype) -> Sequence[int]:
+        """Of the segments."""
+
+
+class Chain:
+    """What stands in the place of a run of blocks.
+
+    Args:
+        units: what the blocks are made of.
+        paths: of the blocks.
+        settings: of the network.
+    """
+
+    def __init__(self, units: Sequence[Unit], paths: Sequence[str], settings: Settings) -> None:
+        self.units, self.paths, self.settings = tuple(units), tuple(paths), settings
+
+    @property
+    def rectified(self) -> bool:
+        """True if a block ends in an activation, behind which errors jump."""
+        return any(unit.rectified for unit in self.units)
+
+    @torch.compiler.disable
+    def __call__(self, x: Tensor) -> Tensor:
+        """What the last block returns for x, in the dtype of x; the streams are float32 at least under autocast.
+
+        Raises:
+            ValueError: backward is asked for at beta = 0.
+        """
+        computed_in = _dtype_of_blocks(x)
+        coefficients = self.settings.coefficients
+        wide = torch.promote_types(x.dtype, torch.float32) if computed_in != x.dtype else x.dtype
+        streams = self._run(coupling.start(x.to(wide), coefficients.beta), computed_in)
+        return coupling.end(*streams, coefficients.beta).to(x.dtype)
+
+    def _run(self, streams: coupling.Streams, computed_in: torch.dtype) -> coupling.Streams:
+        coefficients = self.settings.coefficients
+        if not self._needs_backward(streams[0]) or self.settings.ordinary:
+            return run(self.units, streams, coefficients)
+        if coefficients.beta == 0:
+            raise ValueError(
+                f"The reversible chain from {self.paths[0]} to {self.paths[-1]} has beta = 0, with which backward cannot "
+                "rebuild its activations: set(alpha, beta) with a beta above 0, such as 0.125, or run it under "
+                "torch.no_grad()."
+            )
+        rest = iter(self.units)
+        for length in self.settings.lengths(self, streams[0].dtype, computed_in):
+            streams = run_reversible(tuple(itertools.islice(rest, length)), streams, coefficients)
+        return streams
+
+    def _needs_backward(self, x: Tensor) -> bool:
+        return torch.is_grad_enabled() and (x.requires_grad or any(unit.trained() for unit in self.units))
+
+
+def _dtype_of_blocks(x: Tensor) -> torch.dtype:
+    """What convolutions and products inside compute in."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype

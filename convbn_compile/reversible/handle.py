@@ -1,0 +1,223 @@
+"""make_reversible: a pretrained network whose residual blocks keep no activations, in place, and the handle to it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import nn
+
+from convbn_compile._wrapped import check_module, unwrapped
+from convbn_compile.reversible._chain import Chain
+from convbn_compile.reversible._chains import Found, find, named
+from convbn_compile.reversible._gradients import gradients, relative_difference
+from convbn_compile.reversible._installed import Installed
+from convbn_compile.reversible._segment import Coefficients
+from convbn_compile.reversible.precision import LARGEST_ERROR, longest, predicted_error
+
+AUTO = "auto"
+_HANDLE = "_convbn_reversible"
+
+
+def make_reversible(
+    model: nn.Module,
+    alpha: float = 1.0,
+    beta: float = 0.125,
+    chains: Iterable[Any] | None = None,
+    anchor_every: int | str | None = AUTO,
+) -> Reversible:
+    """Run the residual blocks of a pretrained network as reversible chains, whose activations backward rebuilds.
+
+    Dr²Net (arXiv 2401.04105). In place: parameters, their names and state_dict stay. What is saved for backward of a
+    chain is its last pair of streams, whatever its depth, and a pair for each anchor; without gradients the same
+    network is a plain loop. At alpha = 1, beta = 0 it is the pretrained network; at any other pair it is another one,
+    which fine-tuning with a CoefficientSchedule moves away from it.
+
+    Args:
+        model: a ResNet, ResNeXt, RegNet, ConvNeXt, ViT or Swin of torchvision or timm; any other with `chains`.
+        alpha: of the residual connections that the pretrained network has.
+        beta: of the second ones; 0 is for inference only, as the inverse divides by it.
+        chains: for each chain the path of a module whose children are its blocks, such as "layer3", or the paths of its
+            blocks. A block that is not of a known class has to be x + F(x), of one tensor. None: all that are found.
+        anchor_every: after how many blocks the streams are kept; "auto" by the error that is predicted for alpha,
+            beta, the depth and the dtype; None keeps none but the last.
+
+    Returns:
+        The handle.
+
+    Raises:
+        TypeError: `model` is not a module; arguments of the wrong type.
+        ValueError: no chain is found; a coefficient out of range; the model is reversible already; a block has hooks.
+
+    Examples:
+        >>> blocks = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)))
+        >>> make_reversible(blocks, chains=[""]).chains
+        (('0', '1', '2'),)
+    """
+    check_module(model, "make_reversible")
+    inner = unwrapped(model)
+    if _HANDLE in inner.__dict__:
+        raise ValueError("make_reversible: the model is reversible already. Call restore() of its handle first.")
+    found = find(inner) if chains is None else named(inner, chains)
+    if not found:
+        raise ValueError(
+            f"make_reversible found no two residual blocks of one shape in a row in {type(inner).__name__}. Known are "
+            "those of ResNets, RegNets, ConvNeXt, ViT and Swin of torchvision and timm; for others name the module "
+            'whose children they are: chains=["blocks"].'
+        )
+    handle = Reversible(inner, found, anchor_every)
+    handle.set(alpha, beta)
+    handle._install(found)
+    return handle
+
+
+class Reversible:
+    """The handle of a reversible network: its coefficients, its chains, and the way back.
+
+    Attributes:
+        model: the module.
+        chains: for each the paths of its blocks.
+        anchor_every: as it was given.
+        coefficients: alpha and beta.
+        ordinary: True while gradient_error runs the same network under ordinary autograd.
+    """
+
+    coefficients: Coefficients
+
+    def __init__(self, model: nn.Module, found: Sequence[Found], anchor_every: int | str | None) -> None:
+        _check_anchors(anchor_every)
+        self.model, self.anchor_every, self.ordinary = model, anchor_every, False
+        self.chains = tuple(tuple(one.paths) for one in found)
+        self._chains = [Chain(one.units, one.paths, self) for one in found]
+        self._installed: list[Installed] = []
+        self._warned = False
+
+    @property
+    def alpha(self) -> float:
+        """Of the residual connections that the pretrained network has."""
+        return self.coefficients.alpha
+
+    @property
+    def beta(self) -> float:
+        """Of the second ones."""
+        return self.coefficients.beta
+
+    def set(self, alpha: float, beta: float) -> None:
+        """Other coefficients, from the next forward on: between optimizer steps. Backward has those of its forward.
+
+        Raises:
+            TypeError: one is no number.
+            ValueError: one is below 0 or not finite.
+        """
+        for name, value in (("alpha", alpha), ("beta", beta)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__}).")
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be a finite number of at least 0, got {value}.")
+        self.coefficients = Coefficients.of(float(alpha), float(beta))
+
+    def compile(self, **kwargs: Any) -> None:
+        """Compile every block, with batch norm folded inside of it, for forward and for what backward computes again.
+
+        The rest of the model is for torch.compile(model) or turn_on(model), whose graph breaks once at each chain.
+
+        Args:
+            kwargs: of torch.compile; the backend is convbn_tune unless they say otherwise.
+        """
+        for chain in self._chains:
+            for unit in chain.units:
+                unit.compiled = torch.compile(unit.g, **{"backend": "convbn_tune", **kwargs})
+
+    def lengths(self, chain: Chain, dtype: torch.dtype, computed_in: torch.dtype) -> list[int]:
+        """How many units of a chain are rebuilt in a row, from anchor to anchor.
+
+        Args:
+            chain: one of them.
+            dtype: of the streams.
+            computed_in: of what is inside of the blocks.
+        """
+        units = len(chain.units)
+        every = self._every(chain, dtype, computed_in)
+        lengths = [every] * (units // every) + [units % every] * (units % every > 0)
+        error = predicted_error(self.alpha, self.beta, lengths[0], dtype, computed_in)
+        if error > LARGEST_ERROR and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"make_reversible: {lengths[0]} blocks in a row at alpha = {self.alpha:g}, beta = {self.beta:g} in "
+                f"{computed_in} predict a relative error of {error:.0e} in gradients, above {LARGEST_ERROR:g}. Use "
+                'anchor_every="auto" or a smaller number, a larger beta, or float32.',
+                stacklevel=2,
+            )
+        return lengths
+
+    def _every(self, chain: Chain, dtype: torch.dtype, computed_in: torch.dtype) -> int:
+        units = len(chain.units)
+        if isinstance(self.anchor_every, int):
+            return min(self.anchor_every, units)
+        most = longest(self.alpha, self.beta, dtype, computed_in)
+        if self.anchor_every is None or most is None:
+            return units
+        return min(units, max(1, most // 2) if chain.rectified else most)
+
+    def gradient_error(self, *inputs: Any, **kwargs: Any) -> float:
+        """How far gradients are from those of ordinary autograd for the same network, today.
+
+        Forward and backward run twice, with the same random numbers and a random cotangent; gradients, running
+        statistics and the generators are afterwards what they were.
+
+        Args:
+            inputs: what the model is called with.
+            kwargs: likewise.
+
+        Returns:
+            ‖difference‖ / ‖gradient‖ over all parameters together.
+        """
+        found = []
+        for self.ordinary in (True, False):
+            try:
+                found.append(gradients(self.model, inputs, kwargs))
+            finally:
+                self.ordinary = False
+        return relative_difference(*found)
+
+    def restore(self) -> nn.Module:
+        """Give the original model back, in place, with the weights that it has now.
+
+        Returns:
+            The model.
+        """
+        while self._installed:
+            self._installed.pop().remove()
+        self.model.__dict__.pop(_HANDLE, None)
+        return self.model
+
+    def __str__(self) -> str:
+        rows = [
+            [f"{chain.paths[0]} to {chain.paths[-1]}", len(chain.units), self._every(chain, *[torch.float32] * 2)]
+            for chain in self._chains
+        ]
+        for row in rows:
+            row.append(f"{predicted_error(self.alpha, self.beta, int(row[2])):.0e}")
+        title = f"alpha = {self.alpha:g}, beta = {self.beta:g}"
+        return f"{title}\n{tabulate(rows, headers=('chain', 'F', 'anchor every', 'error predicted, float32'))}"
+
+    def _install(self, found: Sequence[Found]) -> None:
+        self.model.__dict__[_HANDLE] = self
+        try:
+            for one, chain in zip(found, self._chains, strict=True):
+                self._installed.append(Installed(one, chain))
+        except ValueError:
+            self.restore()
+            raise
+
+
+def _check_anchors(every: Any) -> None:
+    if every is None or every == AUTO:
+        return
+    if isinstance(every, bool) or not isinstance(every, int):
+        raise TypeError(f'anchor_every must be a number of blocks, "auto" or None, got {every!r}.')
+    if every < 1:
+        raise ValueError(f"anchor_every must be at least 1, got {every}. None keeps no anchors.")
