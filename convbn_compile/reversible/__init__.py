@@ -3,3 +3,4 @@
 from convbn_compile.reversible.handle import Reversible as Reversible
 from convbn_compile.reversible.handle import make_reversible as make_reversible
 from convbn_compile.reversible.precision import predicted_error as predicted_error
+from convbn_compile.reversible.schedule import CoefficientSchedule as CoefficientSchedule

@@ -88,7 +88,8 @@ def own_forward(module: nn.Module, x: Tensor) -> Tensor:
 
 def whole(module: nn.Module, x: Tensor, alpha: Tensor) -> Tensor:
     """Of any residual block: what it makes of x, with x taken off (1 - alpha) times."""
-    return own_forward(module, x) + (alpha - 1) * x
+    found = own_forward(module, x)
+    return found + (alpha - 1) * x if found.shape == x.shape else found
 
 
 class Shortcut(nn.Module):

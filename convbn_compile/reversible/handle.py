@@ -61,6 +61,8 @@ def make_reversible(
     inner = unwrapped(model)
     if _HANDLE in inner.__dict__:
         raise ValueError("make_reversible: the model is reversible already. Call restore() of its handle first.")
+    coefficients = coefficients_of(alpha, beta)
+    check_anchors(anchor_every)
     found = find(inner) if chains is None else named(inner, chains)
     if not found:
         raise ValueError(
@@ -68,10 +70,7 @@ def make_reversible(
             "those of ResNets, RegNets, ConvNeXt, ViT and Swin of torchvision and timm; for others name the module "
             'whose children they are: chains=["blocks"].'
         )
-    handle = Reversible(inner, found, anchor_every)
-    handle.set(alpha, beta)
-    handle._install(found)
-    return handle
+    return Reversible(inner, found, coefficients, anchor_every)
 
 
 class Reversible:
@@ -85,15 +84,15 @@ class Reversible:
         ordinary: True while gradient_error runs the same network under ordinary autograd.
     """
 
-    coefficients: Coefficients
-
-    def __init__(self, model: nn.Module, found: Sequence[Found], anchor_every: int | str | None) -> None:
-        _check_anchors(anchor_every)
-        self.model, self.anchor_every, self.ordinary = model, anchor_every, False
+    def __init__(
+        self, model: nn.Module, found: Sequence[Found], coefficients: Coefficients, anchor_every: int | str | None
+    ) -> None:
+        self.model, self.coefficients, self.anchor_every, self.ordinary = model, coefficients, anchor_every, False
         self.chains = tuple(tuple(one.paths) for one in found)
         self._chains = [Chain(one.units, one.paths, self) for one in found]
         self._installed: list[Installed] = []
         self._warned = False
+        self._install(found)
 
     @property
     def alpha(self) -> float:
@@ -112,12 +111,7 @@ class Reversible:
             TypeError: one is no number.
             ValueError: one is below 0 or not finite.
         """
-        for name, value in (("alpha", alpha), ("beta", beta)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__}).")
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{name} must be a finite number of at least 0, got {value}.")
-        self.coefficients = Coefficients.of(float(alpha), float(beta))
+        self.coefficients = coefficients_of(alpha, beta)
 
     def compile(self, **kwargs: Any) -> None:
         """Compile every block, with batch norm folded inside of it, for forward and for what backward computes again.
@@ -214,7 +208,18 @@ class Reversible:
             raise
 
 
-def _check_anchors(every: Any) -> None:
+def coefficients_of(alpha: Any, beta: Any) -> Coefficients:
+    """Of two numbers, if they can be."""
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__}).")
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be a finite number of at least 0, got {value}.")
+    return Coefficients.of(float(alpha), float(beta))
+
+
+def check_anchors(every: Any) -> None:
+    """See to it that it is a number of blocks, "auto" or None."""
     if every is None or every == AUTO:
         return
     if isinstance(every, bool) or not isinstance(every, int):

@@ -1,0 +1,212 @@
+"""Known networks as reversible ones: the pretrained network at alpha = 1, beta = 0, exact gradients, the way back."""
+
+import copy
+import pickle
+import re
+
+import pytest
+import torch
+from reversible.nets import NETS, UNITS, image, make, mlp
+from torch import nn
+
+from convbn_compile.reversible import make_reversible
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_known_networks(name):
+    net = make(name)
+    original, x = copy.deepcopy(net), image()
+    keys, names = list(net.state_dict()), [name for name, _ in net.named_parameters()]
+    handle = make_reversible(net)
+    assert [len(chain.units) for chain in handle._chains] == UNITS[name]
+    assert (list(net.state_dict()), [name for name, _ in net.named_parameters()]) == (keys, names)
+    handle.set(1.0, 0.0)
+    with torch.no_grad():
+        assert (net(x) - original(x)).abs().max() == 0.0
+    for alpha, beta, bound in ((1.0, 0.125, 1e-9), (0.3, 0.7, 1e-10), (0.0, 1.0, 1e-10)):
+        handle.set(alpha, beta)
+        assert handle.gradient_error(x) <= bound
+        with torch.no_grad():
+            assert (net(x) - original(x)).abs().max() > 1e-3
+    handle.restore()
+    assert torch.equal(net(x), original(x))
+    assert [name for name, _ in net.named_modules()] == [name for name, _ in original.named_modules()]
+    assert all("forward" not in module.__dict__ for module in net.modules())
+
+
+def test_a_mutant_of_the_gradients_is_seen(monkeypatch):
+    """gradient_error tells of an inverse that is off by 1e-6."""
+    handle = make_reversible(make("torchvision ResNet"))
+    right = handle.gradient_error(image())
+    module = __import__("convbn_compile.reversible.coupling", fromlist=["coupling"])
+    monkeypatch.setattr(module, "input_of", lambda after, beta: after / beta * (1 + 1e-6))
+    assert right < 1e-9 < 1e-8 < handle.gradient_error(image())
+
+
+def test_a_copy_and_a_pickle_of_the_weights():
+    net = make("torchvision ResNet")
+    handle, x = make_reversible(net), image()
+    twin = copy.deepcopy(net)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(1.1)
+        assert not torch.equal(net(x), twin(x))
+    twin.load_state_dict(pickle.loads(pickle.dumps(net.state_dict())))  # noqa: S301  our own bytes
+    assert torch.equal(net(x), twin(x))
+    handle.restore()
+    assert not torch.equal(net(x), twin(x))
+
+
+class Loop(nn.Module):
+    """Goes through its blocks by itself."""
+
+    def __init__(self, blocks, *, collects=False):
+        super().__init__()
+        self.first, self.blocks, self.collects = nn.Linear(6, 6), nn.ModuleList(blocks), collects
+
+    def forward(self, x):
+        x, seen = self.first(x), []
+        for block in self.blocks:
+            x = block(x)
+            seen.append(x.clone() if self.collects else x)
+            x = seen[-1]
+        return x
+
+
+def rows():
+    return torch.randn(3, 6, dtype=torch.float64)
+
+
+def residual(block):
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = block
+
+        def forward(self, x):
+            return x + self.f(x)
+
+    return Residual()
+
+
+@pytest.mark.parametrize("chain", ["blocks", ["blocks.0", "blocks.1", "blocks.2", "blocks.3"]])
+def test_blocks_that_are_named(chain):
+    torch.manual_seed(0)
+    net = Loop([residual(mlp()) for _ in range(4)]).double()
+    x = rows()
+    wanted = net(x)
+    handle = make_reversible(net, chains=[chain])
+    assert handle.gradient_error(x) <= 1e-9
+    handle.set(1.0, 0.0)
+    with torch.no_grad():
+        assert torch.equal(net(x), wanted)
+    handle.restore()
+    assert torch.equal(net(x), wanted)
+
+
+def test_a_chain_is_not_what_someone_else_goes_through():
+    collects = Loop([residual(mlp()) for _ in range(3)], collects=True).double()
+    make_reversible(collects, chains=["blocks"])
+    with pytest.raises(RuntimeError, match="from blocks.0 to blocks.2 was called by itself"):
+        collects(rows())
+    net = make("timm ViT")
+    make_reversible(net)
+    with pytest.raises(RuntimeError, match="For features from inside of the chain leave those blocks out"):
+        net.forward_intermediates(image())
+
+
+def test_two_chains_of_one_parent():
+    net = nn.Sequential(*(residual(mlp()) for _ in range(6))).double()
+    x = rows()
+    wanted = net(x)
+    handle = make_reversible(net, chains=[["0", "1"], ["3", "4", "5"]])
+    assert handle.gradient_error(x) <= 1e-9
+    with pytest.raises(RuntimeError, match="from 0 to 1 was called by itself"):
+        net[0](x)
+    handle.restore()
+    assert torch.equal(net(x), wanted)
+
+
+class Narrowing(nn.Linear):
+    def __init__(self):
+        super().__init__(6, 5)
+
+
+class InPlace(nn.Module):
+    def forward(self, x):
+        return x.relu_()
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return x + self.linear(x)
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (Narrowing, "1 makes (3, 5) of (3, 6), but a block of a chain keeps the shape"),
+        (InPlace, "1 modifies its input in place, which backward could not rebuild"),
+        (Counting, "1 writes to its buffer calls in forward"),
+    ],
+)
+def test_blocks_that_cannot_be_rebuilt(block, message):
+    net = nn.Sequential(residual(mlp()), block()).double()
+    make_reversible(net, chains=[""])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        net(rows())
+
+
+def test_backward_at_beta_0():
+    net = make("torchvision ResNet")
+    make_reversible(net, beta=0.0)
+    with pytest.raises(ValueError, match="from layer2.1 to layer2.2 has beta = 0"):
+        net(image())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"alpha": "1"}, TypeError, "alpha must be a number, got '1' (str)"),
+        ({"beta": -0.1}, ValueError, "beta must be a finite number of at least 0, got -0.1"),
+        ({"anchor_every": 0}, ValueError, "anchor_every must be at least 1, got 0"),
+        ({"anchor_every": "often"}, TypeError, "anchor_every must be a number of blocks"),
+        ({"chains": ["nowhere"]}, ValueError, "the model has no module 'nowhere'"),
+        ({"chains": [3]}, TypeError, "chains is a list, for each chain the path"),
+        ({"chains": [["0", "2"]]}, ValueError, "the blocks of a chain follow each other"),
+        ({"chains": [["0", "1.f"]]}, ValueError, "blocks of a chain are children of one module"),
+        ({"chains": [["0", "1"], ["1", "2"]]}, ValueError, "chains has 1 twice"),
+        ({}, ValueError, "found no two residual blocks of one shape in a row in Sequential"),
+    ],
+)
+def test_errors(arguments, error, message):
+    net = nn.Sequential(*(residual(mlp()) for _ in range(3)))
+    with pytest.raises(error, match=re.escape(message)):
+        make_reversible(net, **arguments)
+    assert all("forward" not in module.__dict__ for module in net.modules())
+
+
+def test_more_errors():
+    with pytest.raises(TypeError, match="make_reversible needs a torch.nn.Module, got 3"):
+        make_reversible(3)
+    net = make("torchvision ResNet")
+    net.layer2[2].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="layer2.2 has hooks, which a chain would not call"):
+        make_reversible(net)
+    assert "forward" not in net.layer2.__dict__
+    net = make("torchvision ResNet")
+    make_reversible(net)
+    with pytest.raises(ValueError, match="is reversible already"):
+        make_reversible(net)
+
+
+def test_the_table():
+    printed = str(make_reversible(make("torchvision ResNet")))
+    assert printed.startswith("alpha = 1, beta = 0.125")
+    assert re.search(r"layer3.1 to layer3.3 +3 +2 +6e-07", printed)
