@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,14 @@ from torch import Tensor
 from convbn_compile.reversible import coupling
 from convbn_compile.reversible._segment import Coefficients, run, run_reversible
 from convbn_compile.reversible._unit import Unit
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _uncompiled(method: Method) -> Method:
+    """What Dynamo does not look into: the blocks are compiled one by one."""
+    disable: Callable[[Method], Method] = torch.compiler.disable
+    return disable(method)
 
 
 class Settings(Protocol):
@@ -41,17 +49,17 @@ class Chain:
         """True if a block ends in an activation, behind which errors jump."""
         return any(unit.rectified for unit in self.units)
 
-    @torch.compiler.disable
+    @_uncompiled
     def __call__(self, x: Tensor) -> Tensor:
         """What the last block returns for x, in the dtype of x; the streams are float32 at least under autocast.
 
         Raises:
             ValueError: backward is asked for at beta = 0.
         """
-        computed_in = _dtype_of_blocks(x)
-        coefficients = self.settings.coefficients
-        wide = torch.promote_types(x.dtype, torch.float32) if computed_in != x.dtype else x.dtype
-        streams = self._run(coupling.start(x.to(wide), coefficients.beta), computed_in)
+        coefficients, autocast = self.settings.coefficients, torch.is_autocast_enabled(x.device.type)
+        computed_in = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        wide = x.to(torch.promote_types(x.dtype, torch.float32)) if autocast else x
+        streams = self._run(coupling.start(wide, coefficients.beta), computed_in)
         return coupling.end(*streams, coefficients.beta).to(x.dtype)
 
     def _run(self, streams: coupling.Streams, computed_in: torch.dtype) -> coupling.Streams:
@@ -60,8 +68,8 @@ class Chain:
             return run(self.units, streams, coefficients)
         if coefficients.beta == 0:
             raise ValueError(
-                f"The reversible chain from {self.paths[0]} to {self.paths[-1]} has beta = 0, with which backward cannot "
-                "rebuild its activations: set(alpha, beta) with a beta above 0, such as 0.125, or run it under "
+                f"The reversible chain from {self.paths[0]} to {self.paths[-1]} has beta = 0, with which backward "
+                "cannot rebuild its activations: set(alpha, beta) with a beta above 0, such as 0.125, or run it under "
                 "torch.no_grad()."
             )
         rest = iter(self.units)
@@ -71,8 +79,3 @@ class Chain:
 
     def _needs_backward(self, x: Tensor) -> bool:
         return torch.is_grad_enabled() and (x.requires_grad or any(unit.trained() for unit in self.units))
-
-
-def _dtype_of_blocks(x: Tensor) -> torch.dtype:
-    """What convolutions and products inside compute in."""
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype

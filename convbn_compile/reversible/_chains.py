@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from convbn_compile.reversible._blocks import residual, split
 from convbn_compile.reversible._unit import Unit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,4 +31,4 @@ def relative_difference(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> fl
     """‖found - wanted‖ / ‖wanted‖ of all together."""
     pairs = zip(wanted, found, strict=True)
     difference = sum(float((one - other).double().square().sum()) for one, other in pairs)
-    return (difference / sum(float(one.double().square().sum()) for one in wanted)) ** 0.5
+    return math.sqrt(difference / sum(float(one.double().square().sum()) for one in wanted))

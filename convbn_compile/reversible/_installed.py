@@ -1,10 +1,11 @@
-"""A chain in the place of its blocks: the forward of their parent, or of the first of them, runs all; and back again."""
+"""A chain in the place of its blocks: the forward of the first of them runs all, the others' hands on; and back."""
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -33,7 +34,9 @@ class Installed:
         for path, block in zip(found.paths, self.blocks, strict=True):
             _check(path, block)
         self.output: Callable[[], Tensor | None] = lambda: None
-        self.projections = [(unit.module, unit.slot, getattr(unit.module, unit.slot)) for unit in found.units if unit.slot]
+        self.projections = [
+            (unit.module, unit.slot, getattr(unit.module, unit.slot)) for unit in found.units if unit.slot
+        ]
         for module, slot, _ in self.projections:
             setattr(module, slot, Shortcut())
         self.inside, self.of_parent = False, found.parent.forward
@@ -64,19 +67,27 @@ class Installed:
         finally:
             self.inside = False
 
-    def first(self, x: Tensor) -> Tensor:
+    def first(self, x: Tensor, **others: Any) -> Tensor:
         """What the last block returns."""
-        if self.in_parent and not self.inside:
-            return self.refuse()
+        if (self.in_parent and not self.inside) or not self.are_defaults(others):
+            self.refuse()
         output = self.chain(x)
         self.output = weakref.ref(output)
         return output
 
-    def other(self, x: Tensor) -> Tensor:
+    def other(self, x: Tensor, **others: Any) -> Tensor:
         """What the block gets, if the chain made it."""
-        return x if x is self.output() and (self.inside or not self.in_parent) else self.refuse()
+        expected = x is self.output() and (self.inside or not self.in_parent) and self.are_defaults(others)
+        if not expected:
+            self.refuse()
+        return x
 
-    def refuse(self) -> Any:
+    def are_defaults(self, arguments: dict[str, Any]) -> bool:
+        """True if arguments beside x are what the blocks' forward has for them anyway."""
+        known = inspect.signature(type(self.blocks[0]).forward).parameters
+        return all(name in known and value is known[name].default for name, value in arguments.items())
+
+    def refuse(self) -> NoReturn:
         """Of a block that is called by itself.
 
         Raises:
@@ -84,9 +95,10 @@ class Installed:
         """
         first, last = self.found.paths[0], self.found.paths[-1]
         raise RuntimeError(
-            f"A block of the reversible chain from {first} to {last} was called by itself, or with something else than "
-            "the block before it returned; the blocks run as one. For features from inside of the chain leave those "
-            "blocks out of it, by the chains of make_reversible; restore() gives the original model back."
+            f"A block of the reversible chain from {first} to {last} was called by itself, with something else than "
+            "the block before it returned, or with more than that; the blocks run as one. For features from inside of "
+            "the chain leave those blocks out of it, by the chains of make_reversible; restore() gives the original "
+            "model back."
         )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,10 +60,13 @@ class Autocast:
 def statistics_stay(module: nn.Module) -> Iterator[None]:
     """Norms in training mode normalise by the batch inside, as ever, and count it in no running statistics."""
     tracking = [each for each in module.modules() if each.training and getattr(each, "track_running_stats", False)]
-    for each in tracking:
-        each.track_running_stats = False
+    _track(tracking, track=False)
     try:
         yield
     finally:
-        for each in tracking:
-            each.track_running_stats = True
+        _track(tracking, track=True)
+
+
+def _track(norms: Iterable[Any], *, track: bool) -> None:
+    for norm in norms:
+        norm.track_running_stats = track

@@ -40,7 +40,8 @@ def run(units: Sequence[Unit], streams: coupling.Streams, coefficients: Coeffici
 def run_reversible(units: Sequence[Unit], streams: coupling.Streams, coefficients: Coefficients) -> coupling.Streams:
     """Likewise; saved for backward are the last streams only."""
     parameters = [parameter for unit in units for parameter in unit.trained()]
-    x, y = _Segment.apply(tuple(units), coefficients, *streams, *parameters)
+    apply: Any = _Segment.apply
+    x, y = apply(tuple(units), coefficients, *streams, *parameters)
     return x, y
 
 
@@ -49,7 +50,7 @@ class _Segment(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, units: tuple[Unit, ...], coefficients: Coefficients, *tensors: Tensor) -> coupling.Streams:
-        x, y = tensors[:2]
+        x, y = (stream.detach() for stream in tensors[:2])  # compiled blocks tell what requires grad from what does not
         ctx.units, ctx.coefficients = units, coefficients
         ctx.autocast, ctx.random = Autocast.now(x.device.type), []
         for unit in units:
@@ -62,7 +63,8 @@ class _Segment(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_x: Tensor, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, y = ctx.saved_tensors
-        beta, gradients = ctx.coefficients.beta, []
+        beta = ctx.coefficients.beta
+        gradients: list[Tensor | None] = []
         for unit, random in zip(reversed(ctx.units), reversed(ctx.random), strict=True):
             before = coupling.input_of(y, beta).requires_grad_()
             with torch.enable_grad(), random.again(), ctx.autocast.again(), statistics_stay(unit.module):

@@ -9,7 +9,7 @@
 Exact in real numbers wherever beta is not 0. With alpha = 1 and beta = 0 the second stream is 0 and x' is what the
 pretrained block makes of x; with alpha = 0 and beta = 1 it is RevNet's coupling.
 A chain starts with y = beta * x, which is 0 at beta = 0 and a second copy at beta = 1, and ends with
-(x + y) / (1 + beta), which is x at beta = 0 and the mean at beta = 1, as in Re²TAL; the paper's own ends are not public.
+(x + y) / (1 + beta), which is x at beta = 0 and the mean at beta = 1, as in Re²TAL; the paper's are not public.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from convbn_compile.reversible._chains import Found, find, named
 from convbn_compile.reversible._gradients import gradients, relative_difference
 from convbn_compile.reversible._installed import Installed
 from convbn_compile.reversible._segment import Coefficients
-from convbn_compile.reversible.precision import LARGEST_ERROR, longest, predicted_error
+from convbn_compile.reversible.precision import JUMP, LARGEST_ERROR, TOLERANCE, longest, predicted_error
 
 AUTO = "auto"
 _HANDLE = "_convbn_reversible"
@@ -151,10 +151,9 @@ class Reversible:
         units = len(chain.units)
         if isinstance(self.anchor_every, int):
             return min(self.anchor_every, units)
-        most = longest(self.alpha, self.beta, dtype, computed_in)
-        if self.anchor_every is None or most is None:
-            return units
-        return min(units, max(1, most // 2) if chain.rectified else most)
+        tolerance = TOLERANCE / JUMP if chain.rectified else TOLERANCE
+        most = longest(self.alpha, self.beta, dtype, computed_in, tolerance)
+        return units if self.anchor_every is None or most is None else min(units, most)
 
     def gradient_error(self, *inputs: Any, **kwargs: Any) -> float:
         """How far gradients are from those of ordinary autograd for the same network, today.
@@ -189,12 +188,11 @@ class Reversible:
         return self.model
 
     def __str__(self) -> str:
-        rows = [
-            [f"{chain.paths[0]} to {chain.paths[-1]}", len(chain.units), self._every(chain, *[torch.float32] * 2)]
-            for chain in self._chains
-        ]
-        for row in rows:
-            row.append(f"{predicted_error(self.alpha, self.beta, int(row[2])):.0e}")
+        rows = []
+        for chain in self._chains:
+            every = self._every(chain, torch.float32, torch.float32)
+            error = f"{predicted_error(self.alpha, self.beta, every):.0e}" if self.beta else ""
+            rows.append([f"{chain.paths[0]} to {chain.paths[-1]}", len(chain.units), every, error])
         title = f"alpha = {self.alpha:g}, beta = {self.beta:g}"
         return f"{title}\n{tabulate(rows, headers=('chain', 'F', 'anchor every', 'error predicted, float32'))}"
 

@@ -3,12 +3,12 @@
     error = eps * (max(lambda+, 1) / |lambda-|) ** (blocks - 1),   at most 1                                  (rule)
 
     lambda+-   (alpha +- sqrt(alpha**2 + 4 beta)) / 2: the factors by which a block multiplies the streams where F is 0
-    eps        half the spacing of numbers at 1, of the dtype that blocks compute in; of one block alone, of the streams'
+    eps        half the spacing of numbers at 1 in the dtype that blocks compute in; for one block alone, in that of streams
     error      of all parameters' gradients together, relative to ordinary autograd of the same network
 
 The inverse divides by lambda-, so that rounding grows by a factor for each block that is rebuilt. Measured on chains of
 pre-norm blocks the rule is two to six times too large; it holds while F's Jacobian is small against alpha. Behind
-a ReLU errors jump where a sign flips: the rule does not know of that, and anchors are set twice as dense there.
+a ReLU errors jump where a sign flips, of which the rule does not know: anchors are set for a hundredth there.
 Anchors, the streams kept every so many blocks, are this project's; the paper has none.
 """
 
@@ -20,6 +20,9 @@ import torch
 
 TOLERANCE = 1e-4
 """The predicted error that "auto" sets anchors for."""
+
+JUMP = 100
+"""By how much errors may jump where blocks end in an activation with a kink."""
 
 LARGEST_ERROR = 1e-3
 """The predicted error above which there is a warning."""

@@ -27,8 +27,8 @@ class CoefficientSchedule:
     line, its end on alpha + beta = 1, where streams do not grow with depth, and the share of steps are this project's.
     Call step() after each optimizer step, as of a learning rate scheduler: forward and backward need the same pair.
 
-    "linear" is at the end after `until` of the steps. "controlled" goes there no faster, and waits while the mean of the
-    losses is more than `tolerance` above its lowest, so that the network follows what changes under it; unless the
+    "linear" is at the end after `until` of the steps. "controlled" goes there no faster, and waits while the mean of
+    the losses is more than `tolerance` above its lowest, so that the network follows what changes under it; unless the
     gradient error, measured on a batch that step() is given, is above `error` times 100, which only moving on mends. It
     stops where that error is below `error`.
 
@@ -90,8 +90,8 @@ class CoefficientSchedule:
 
         Args:
             loss: of this step, which a controlled schedule needs.
-            batch: a tensor, or a tuple of what the model is called with, to measure the gradient error with, which takes
-                two steps' time: give it now and then. A controlled schedule moves by the loss alone without.
+            batch: a tensor, or a tuple of what the model is called with, to measure the gradient error with, in two
+                steps' time: give it now and then. Without it a controlled schedule moves by the loss alone.
 
         Raises:
             ValueError: the schedule is controlled and there is no loss.

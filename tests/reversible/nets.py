@@ -84,5 +84,21 @@ def image(size=32, batch=2):
 
 
 def mlp(width=6):
-    """A block of a chain that is named by hand."""
-    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Tanh(), nn.Linear(2 * width, width))
+    """F of a block that is named by hand."""
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+
+class Residual(nn.Module):
+    """x + F(x)."""
+
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def forward(self, x):
+        return x + self.f(x)
+
+
+def chain_of(count, width=6):
+    """So many pre-norm blocks, which loop through themselves."""
+    return nn.Sequential(*(Residual(mlp(width)) for _ in range(count))).double()

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from reversible.nets import NETS, UNITS, image, make, mlp
+from reversible.nets import NETS, UNITS, Residual, image, make, mlp
 from torch import nn
 
 from convbn_compile.reversible import make_reversible
@@ -51,7 +51,7 @@ def test_a_copy_and_a_pickle_of_the_weights():
         for parameter in net.parameters():
             parameter.mul_(1.1)
         assert not torch.equal(net(x), twin(x))
-    twin.load_state_dict(pickle.loads(pickle.dumps(net.state_dict())))  # noqa: S301  our own bytes
+    twin.load_state_dict(pickle.loads(pickle.dumps(net.state_dict())))
     assert torch.equal(net(x), twin(x))
     handle.restore()
     assert not torch.equal(net(x), twin(x))
@@ -77,22 +77,10 @@ def rows():
     return torch.randn(3, 6, dtype=torch.float64)
 
 
-def residual(block):
-    class Residual(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.f = block
-
-        def forward(self, x):
-            return x + self.f(x)
-
-    return Residual()
-
-
 @pytest.mark.parametrize("chain", ["blocks", ["blocks.0", "blocks.1", "blocks.2", "blocks.3"]])
 def test_blocks_that_are_named(chain):
     torch.manual_seed(0)
-    net = Loop([residual(mlp()) for _ in range(4)]).double()
+    net = Loop([Residual(mlp()) for _ in range(4)]).double()
     x = rows()
     wanted = net(x)
     handle = make_reversible(net, chains=[chain])
@@ -105,7 +93,7 @@ def test_blocks_that_are_named(chain):
 
 
 def test_a_chain_is_not_what_someone_else_goes_through():
-    collects = Loop([residual(mlp()) for _ in range(3)], collects=True).double()
+    collects = Loop([Residual(mlp()) for _ in range(3)], collects=True).double()
     make_reversible(collects, chains=["blocks"])
     with pytest.raises(RuntimeError, match="from blocks.0 to blocks.2 was called by itself"):
         collects(rows())
@@ -115,8 +103,30 @@ def test_a_chain_is_not_what_someone_else_goes_through():
         net.forward_intermediates(image())
 
 
+class WithRate(Residual):
+    def forward(self, x, rate=None):
+        return x + self.f(x) * (rate or 1.0)
+
+
+@pytest.mark.parametrize(("rate", "right"), [(None, True), (0.5, False)])
+def test_arguments_beside_x_are_at_their_defaults(rate, right):
+    class Rated(Loop):
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x, rate=rate)
+            return x
+
+    net = Rated([WithRate(mlp()) for _ in range(3)]).double()
+    handle, x = make_reversible(net, chains=["blocks"]), rows()
+    if right:
+        assert handle.gradient_error(x) <= 1e-9
+    else:
+        with pytest.raises(RuntimeError, match="or with more than that"):
+            net(x)
+
+
 def test_two_chains_of_one_parent():
-    net = nn.Sequential(*(residual(mlp()) for _ in range(6))).double()
+    net = nn.Sequential(*(Residual(mlp()) for _ in range(6))).double()
     x = rows()
     wanted = net(x)
     handle = make_reversible(net, chains=[["0", "1"], ["3", "4", "5"]])
@@ -157,7 +167,7 @@ class Counting(nn.Module):
     ],
 )
 def test_blocks_that_cannot_be_rebuilt(block, message):
-    net = nn.Sequential(residual(mlp()), block()).double()
+    net = nn.Sequential(Residual(mlp()), block()).double()
     make_reversible(net, chains=[""])
     with pytest.raises(ValueError, match=re.escape(message)):
         net(rows())
@@ -186,7 +196,7 @@ def test_backward_at_beta_0():
     ],
 )
 def test_errors(arguments, error, message):
-    net = nn.Sequential(*(residual(mlp()) for _ in range(3)))
+    net = nn.Sequential(*(Residual(mlp()) for _ in range(3)))
     with pytest.raises(error, match=re.escape(message)):
         make_reversible(net, **arguments)
     assert all("forward" not in module.__dict__ for module in net.modules())

@@ -1,0 +1,197 @@
+"""What a block's second run must not change: statistics, random numbers, autocast, gradients; and what is saved."""
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from reversible.nets import chain_of, image, make, resnet_of
+from support import randomise
+from torch import nn
+from torchvision.models import resnet
+
+from convbn_compile.measure import saved_for_backward
+from convbn_compile.reversible import make_reversible
+
+
+def both(net, **arguments):
+    """A reversible network, and the same one under ordinary autograd."""
+    twin = copy.deepcopy(net)
+    handle, ordinary = make_reversible(net, **arguments), make_reversible(twin, **arguments)
+    ordinary.ordinary = True
+    return handle, net, twin
+
+
+def step(net, x, seed=1):
+    """Gradients of one backward."""
+    net.zero_grad()
+    torch.manual_seed(seed)
+    net(x).square().sum().backward()
+    return {name: parameter.grad for name, parameter in net.named_parameters()}
+
+
+def assert_alike(found, wanted, tolerance=1e-9):
+    assert found.keys() == wanted.keys()
+    largest = max(gradient.abs().max() for gradient in wanted.values() if gradient is not None)
+    for name, gradient in wanted.items():
+        assert (found[name] is None) == (gradient is None), name
+        if gradient is not None:
+            assert (found[name] - gradient).abs().max() <= tolerance * largest, name
+
+
+def test_running_statistics_are_updated_once():
+    _, net, twin = both(make("torchvision ResNet").train(), alpha=0.3, beta=0.7)
+    x = image()
+    assert_alike(step(net, x), step(twin, x))
+    for (name, buffer), other in zip(net.named_buffers(), twin.buffers(), strict=True):
+        assert torch.equal(buffer, other), name
+    assert net.layer2[1].bn1.num_batches_tracked == 1
+    assert net.layer2[1].bn1.track_running_stats
+
+
+@pytest.mark.parametrize("name", ["torchvision ViT", "torchvision ConvNeXt", "timm bottlenecks", "timm ViT"])
+def test_dropout_and_drop_path_draw_the_same_numbers(name):
+    _, net, twin = both(make(name).train(), alpha=0.3, beta=0.7)
+    x = image(batch=4)
+    assert_alike(step(net, x), step(twin, x))
+    after = torch.rand(3)
+    step(twin, x)
+    assert torch.equal(torch.rand(3), after)  # and the generator goes on where ordinary training leaves it
+
+
+def test_random_numbers_do_matter():
+    """The mutant of the test above: other numbers, other gradients."""
+    _, net, twin = both(make("torchvision ViT").train(), alpha=0.3, beta=0.7)
+    x = image()
+    with pytest.raises(AssertionError):
+        assert_alike(step(net, x), step(twin, x, seed=2))
+
+
+@pytest.mark.parametrize("frozen", ["stem", "first blocks", "all blocks", "weights of norms"])
+def test_frozen_parts(frozen):
+    net = make("torchvision ResNet")
+    parts = {
+        "stem": [net.conv1, net.bn1, net.layer1, net.layer2[0]],
+        "first blocks": [net.conv1, net.bn1, net.layer1, net.layer2, net.layer3[0], net.layer3[1]],
+        "all blocks": [net.layer2, net.layer3],
+        "weights of norms": [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)],
+    }
+    for part in parts[frozen]:
+        part.requires_grad_(requires_grad=False)
+    _, net, twin = both(net)
+    found = step(net, image())
+    torch.manual_seed(0)
+    assert any(gradient is not None for name, gradient in found.items() if name.startswith(("layer3", "fc")))
+    x = image()
+    assert_alike(step(net, x), step(twin, x))
+
+
+def test_a_frozen_chain_keeps_nothing():
+    net = make("torchvision ResNet")
+    for part in (net.conv1, net.bn1, net.layer1, net.layer2, net.layer3):
+        part.requires_grad_(requires_grad=False)
+    make_reversible(net)
+    assert not net.layer3(net.layer2(net.layer1(net.conv1(image())))).requires_grad
+
+
+def test_gradients_add_up_over_batches():
+    _, net, twin = both(make("torchvision ResNet"))
+    for model in (net, twin):
+        torch.manual_seed(3)
+        for _ in range(2):
+            model(image()).sum().backward()
+    assert_alike(*({name: p.grad for name, p in model.named_parameters()} for model in (net, twin)))
+
+
+def test_gradients_of_the_input_and_of_chosen_parameters():
+    _, net, twin = both(make("torchvision bottlenecks"))
+    x = image().requires_grad_()
+    of = [torch.autograd.grad(model(x).sum(), [x, model.layer3[2].conv2.weight]) for model in (net, twin)]
+    for found, wanted in zip(*of, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_backward_has_the_coefficients_of_its_forward():
+    handle, net, twin = both(make("torchvision ResNet"))
+    x = image()
+    output = net(x)
+    handle.set(0.0, 1.0)
+    output.square().sum().backward()
+    assert_alike({name: p.grad for name, p in net.named_parameters()}, step(twin, x))
+
+
+def test_no_second_derivatives():
+    net = make("torchvision ResNet")
+    make_reversible(net)
+    gradient = torch.autograd.grad(net(image()).sum(), net.layer3[1].conv1.weight, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_autocast_has_float32_streams():
+    """An anchor after every block, so that bfloat16 inside of blocks costs no more than it does in eager."""
+    handle, net, twin = both(make("torchvision ResNet").float())
+    x = image().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert handle.lengths(handle._chains[1], torch.float32, torch.bfloat16) == [1, 1, 1]
+        assert net(x).dtype == twin(x).dtype
+        outputs = [model(x).float().square().sum() for model in (net, twin)]
+    for output in outputs:
+        output.backward()  # outside of autocast, as it should be
+    found, wanted = ({name: p.grad for name, p in model.named_parameters()} for model in (net, twin))
+    assert_alike(found, wanted, tolerance=2e-2)
+
+
+def test_a_16_bit_model_is_warned_of():
+    net = make("torchvision ResNet").bfloat16()
+    make_reversible(net, anchor_every=None)
+    with pytest.warns(UserWarning, match="2 blocks in a row at alpha = 1, beta = 0.125 in torch.bfloat16 predict"):
+        net(image().bfloat16())
+
+
+# --- saved for backward ------------------------------------------------------------------------------------------
+
+
+def saved(net, x):
+    return saved_for_backward(net, net, x)
+
+
+def test_saved_bytes_do_not_grow_with_depth():
+    x = torch.randn(5, 6, dtype=torch.float64)
+    found = []
+    for count in (4, 8, 16, 32):
+        net = chain_of(count)
+        make_reversible(net, chains=[""], anchor_every=None, alpha=0.3, beta=0.7)
+        found.append(saved(net, x))
+    assert found == [2 * x.numel() * 8] * 4
+
+
+def test_an_anchor_is_one_pair_of_streams():
+    x, net = torch.randn(5, 6, dtype=torch.float64), chain_of(8)
+    make_reversible(net, chains=[""], anchor_every=3)
+    assert saved(net, x) == 3 * 2 * x.numel() * 8
+
+
+SHARES = [
+    ({"anchor_every": None}, 0.13),
+    ({"alpha": 0.3, "beta": 0.7}, 0.15),
+    ({}, 0.38),  # at the start an anchor after every second block
+]
+
+
+@pytest.mark.parametrize(("arguments", "share"), SHARES, ids=str)
+@pytest.mark.filterwarnings("ignore:make_reversible.* predict a relative error")
+def test_resnet_152_stage_3(arguments, share):
+    """With its transition block, which stays as it is and takes 0.11."""
+    stage = torchvision.models.resnet152().layer3.eval()
+    x = torch.randn(1, 512, 8, 8)
+    ordinary = saved(stage, x)
+    make_reversible(stage, **arguments)
+    assert saved(stage, x) <= share * ordinary
+
+
+def test_without_gradients_nothing_is_kept():
+    net = randomise(resnet_of(resnet.BasicBlock)).double()
+    make_reversible(net)
+    with torch.no_grad():
+        assert not net(image()).requires_grad
