@@ -3,7 +3,7 @@
     error = eps * (max(lambda+, 1) / |lambda-|) ** (blocks - 1),   at most 1                                  (rule)
 
     lambda+-   (alpha +- sqrt(alpha**2 + 4 beta)) / 2: the factors by which a block multiplies the streams where F is 0
-    eps        half the spacing of numbers at 1 in the dtype that blocks compute in; for one block alone, in that of streams
+    eps        half the spacing of numbers at 1 in the dtype that blocks compute in; of one block alone, in the streams
     error      of all parameters' gradients together, relative to ordinary autograd of the same network
 
 The inverse divides by lambda-, so that rounding grows by a factor for each block that is rebuilt. Measured on chains of
