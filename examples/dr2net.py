@@ -18,7 +18,7 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,13 +42,14 @@ declare_torchvision_operators()
 import torchvision  # noqa: E402  needs the operators
 from torchvision.models.resnet import Bottleneck  # noqa: E402
 
+PRETRAINED, DEEP = "EfficientNet-Lite0", "ResNet-47"
 EFFICIENTNET_CHAINS = [
     ["_blocks.6", "_blocks.7"],
     ["_blocks.9", "_blocks.10"],
     ["_blocks.12", "_blocks.13", "_blocks.14"],
 ]
-DEPTHS = {"ResNet-50": 6, "ResNet-101": 23, "ResNet-152": 36}
-"""Blocks of stage 3."""
+DEPTHS = (6, 23, 36)
+"""Blocks of stage 3 of ResNet-50, 101 and 152."""
 
 Start = Callable[[nn.Module], tuple[nn.Module, Reversible | None]]
 
@@ -69,7 +70,7 @@ def networks(image_size: int) -> list[Network]:
     lite = load_model(image_size)
     lite._global_params = lite._global_params._replace(drop_connect_rate=None)
     deep = torchvision.models.ResNet(Bottleneck, [1, 1, 12, 1], num_classes=10, width_per_group=16)
-    return [Network("EfficientNet-Lite0", lite, EFFICIENTNET_CHAINS, 1e-4), Network("ResNet-47", deep, None, 1e-3)]
+    return [Network(PRETRAINED, lite, EFFICIENTNET_CHAINS, 1e-4), Network(DEEP, deep, None, 1e-3)]
 
 
 @torch.no_grad()
@@ -127,11 +128,11 @@ def train(network: Network, start: Start, digits: tuple[Digits, Digits], args: a
     }
 
 
-def saved_by_depth(lowering: str) -> dict[str, list[float]]:
-    """MiB that stage 3 of each ResNet saves for one image of 128 pixels, by contender."""
+def saved_by_depth(depths: Sequence[int], lowering: str) -> dict[str, list[float]]:
+    """MiB that a ResNet's stage 3 of so many blocks saves for one image of 128 pixels, by contender."""
     x = torch.randn(1, 512, 16, 16)
     found: dict[str, list[float]] = {}
-    for blocks in tqdm(DEPTHS.values(), desc="stage 3"):
+    for blocks in tqdm(depths, desc="stage 3"):
         stage = torchvision.models.ResNet(Bottleneck, [1, 1, blocks, 1]).layer3
         stage[0] = Bottleneck(512, 256, 2, stage[0].downsample)
         stage[0].downsample[0] = nn.Conv2d(512, 1024, 1, 2, bias=False)
@@ -145,14 +146,19 @@ def saved_by_depth(lowering: str) -> dict[str, list[float]]:
     return found
 
 
-def plot(found: dict[str, list[float]], path: Path) -> None:
+def plot(depths: Sequence[int], found: dict[str, list[float]], path: Path) -> None:
     """Saved bytes against depth."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for name, saved in found.items():
-        axes.plot(list(DEPTHS.values()), saved, marker="o", label=name)
-    axes.set(xlabel="blocks of stage 3", ylabel="MiB saved for backward", title="ResNet-50, 101, 152", ylim=(0, None))
-    axes.set_xticks(list(DEPTHS.values()))
+        axes.plot(depths, saved, marker="o", label=name)
+    axes.set(
+        xlabel="blocks of stage 3",
+        ylabel="MiB saved for backward",
+        title="stage 3 of ResNet-50, 101, 152",
+        ylim=(0, None),
+    )
+    axes.set_xticks(depths)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
@@ -163,6 +169,10 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    parser.add_argument(
+        "--networks", nargs="*", choices=(PRETRAINED, DEEP), default=(PRETRAINED, DEEP), help="to train"
+    )
+    parser.add_argument("--depths", nargs="+", type=int, default=DEPTHS, help="blocks of stage 3, for the plot")
     parser.add_argument("--steps", type=int, default=40, help="training steps of each contender")
     parser.add_argument("--batch-size", type=int, default=16, help="images per step")
     parser.add_argument("--image-size", type=int, default=32, help="pixels that the digits are enlarged to")
@@ -179,6 +189,8 @@ def main() -> None:
     digits = load_digits(4000, args.test_images, args.seed)
     figures: dict[str, Any] = {}
     for network in networks(args.image_size):
+        if network.name not in args.networks:
+            continue
         if network.chains is None:
             set_statistics(network.model, digits[0], args)
         starts = contenders(network, args.lowering)
@@ -186,14 +198,16 @@ def main() -> None:
         print(tabulate([{network.name: name, **row} for name, row in rows.items()], headers="keys", floatfmt=".3g"))
         print()
         figures[network.name] = rows
-    figures["stage 3, MiB"] = by_depth = saved_by_depth(args.lowering)
+    figures["stage 3, MiB"] = by_depth = saved_by_depth(args.depths, args.lowering)
     print(
         tabulate(
-            [[name, *saved] for name, saved in by_depth.items()], headers=("stage 3, MiB", *DEPTHS), floatfmt=".2f"
+            [[name, *saved] for name, saved in by_depth.items()],
+            headers=("stage 3, MiB", *(f"{depth} blocks" for depth in args.depths)),
+            floatfmt=".2f",
         )
     )
     args.out.mkdir(parents=True, exist_ok=True)
-    plot(by_depth, args.out / "dr2net.png")
+    plot(args.depths, by_depth, args.out / "dr2net.png")
     (args.out / "dr2net.json").write_text(json.dumps({"torch": torch.__version__, **figures}, indent=2))
     print(f"Written: {args.out / 'dr2net.png'}, {args.out / 'dr2net.json'}")
 

@@ -47,6 +47,7 @@ import convbn_compile as cb
 from convbn_compile import deploy
 from convbn_compile.backend import warn_once
 from convbn_compile.lowering import SPLIT_BY_DDP
+from convbn_compile.reversible import make_reversible
 
 CHECKS: dict[str, Callable[[], None]] = {}
 
@@ -199,6 +200,19 @@ def ddp_with_inductor():
 @check
 def ddp_static_graph():
     check_ddp(lambda model: ddp(on(model), static_graph=True, gradient_as_bucket_view=True))
+
+
+@check
+def ddp_of_a_reversible_chain():
+    """Gradients of parameters inside of a chain go through DDP's hooks."""
+
+    def reversible():
+        model = net()
+        make_reversible(model.eval(), 0.3, 0.7, chains=[["c", "d"]], anchor_every=1)
+        return model
+
+    images, mine = batch()
+    assert_as_one_process(ddp(reversible()), alone(reversible(), images))
 
 
 @check

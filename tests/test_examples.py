@@ -105,3 +105,12 @@ def test_memory_budget(tmp_path):
     assert "peak, Tune" in run("memory_budget.py", "resnet18", *arguments)
     row = json.loads((tmp_path / "budget.json").read_text())["bytes"]["pointwise"]
     assert 0 < row["tune"]["saved_bytes"] <= row["eval"]["saved_bytes"]
+
+
+def test_dr2net(tmp_path):
+    sizes = ["--steps", 2, "--batch-size", 2, "--test-images", 20, "--depths", 2, 5]
+    assert "Dr²Net" in run("dr2net.py", "--networks", "ResNet-47", *sizes, "--out", tmp_path)
+    figures = json.loads((tmp_path / "dr2net.json").read_text())
+    assert figures["ResNet-47"]["Dr²Net"]["saved MiB"] < figures["ResNet-47"]["full fine-tuning"]["saved MiB"]
+    assert figures["stage 3, MiB"]["Dr²Net, end of schedule"][1] < figures["stage 3, MiB"]["Tune"][1]
+    assert (tmp_path / "dr2net.png").exists()
