@@ -108,7 +108,7 @@ def test_memory_budget(tmp_path):
 
 
 def test_dr2net(tmp_path):
-    sizes = ["--steps", 2, "--batch-size", 2, "--test-images", 20, "--depths", 2, 5]
+    sizes = ["--steps", 2, "--batch-size", 2, "--test-images", 20, "--depths", 3, 6]
     assert "Dr²Net" in run("dr2net.py", "--networks", "ResNet-47", *sizes, "--out", tmp_path)
     figures = json.loads((tmp_path / "dr2net.json").read_text())
     assert figures["ResNet-47"]["Dr²Net"]["saved MiB"] < figures["ResNet-47"]["full fine-tuning"]["saved MiB"]
