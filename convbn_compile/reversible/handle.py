@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from convbn_compile.reversible._gradients import gradients, relative_difference
 from convbn_compile.reversible._installed import Installed
 from convbn_compile.reversible._segment import Coefficients
 from convbn_compile.reversible.precision import JUMP, LARGEST_ERROR, TOLERANCE, longest, predicted_error
+
+logger = logging.getLogger("convbn_compile")
 
 AUTO = "auto"
 _HANDLE = "_convbn_reversible"
@@ -70,7 +73,9 @@ def make_reversible(
             "those of ResNets, RegNets, ConvNeXt, ViT and Swin of torchvision and timm; for others name the module "
             'whose children they are: chains=["blocks"].'
         )
-    return Reversible(inner, found, coefficients, anchor_every)
+    handle = Reversible(inner, found, coefficients, anchor_every)
+    logger.info("make_reversible: %s", handle)
+    return handle
 
 
 class Reversible:

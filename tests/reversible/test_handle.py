@@ -34,6 +34,39 @@ def test_known_networks(name):
     assert all("forward" not in module.__dict__ for module in net.modules())
 
 
+def chained(functions, x, alpha, beta):
+    """x_i = G_i(x_{i-1}) + beta x_{i-2}, written out."""
+    history = [x, x]
+    for g in functions:
+        history.append(g(history[-1], alpha) + beta * history[-2])
+    return (history[-1] + beta * history[-2]) / (1 + beta)
+
+
+def basic(block):
+    """relu(f(x) + alpha x) of torchvision's BasicBlock."""
+    f = nn.Sequential(block.conv1, block.bn1, nn.ReLU(), block.conv2, block.bn2)
+    return lambda x, alpha: (f(x) + alpha * x).relu()
+
+
+def attention_and_mlp(block):
+    """The two F of timm's ViT block, each with its residual connection."""
+    attention = nn.Sequential(block.norm1, block.attn, block.ls1)
+    mlp = nn.Sequential(block.norm2, block.mlp, block.ls2)
+    return [lambda x, alpha: attention(x) + alpha * x, lambda x, alpha: mlp(x) + alpha * x]
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.125), (0.3, 0.7), (0.0, 1.0)])
+def test_chains_of_real_blocks_are_what_the_equations_say(alpha, beta):
+    stage, x = make("torchvision ResNet").layer3, torch.randn(2, 128, 6, 6, dtype=torch.float64)
+    wanted = chained([basic(block) for block in stage[1:]], stage[0](x), alpha, beta)
+    make_reversible(stage, alpha, beta)
+    torch.testing.assert_close(stage(x), wanted, rtol=1e-12, atol=1e-12)
+    blocks, tokens = make("timm ViT").blocks, torch.randn(2, 5, 16, dtype=torch.float64)
+    wanted = chained([g for block in blocks for g in attention_and_mlp(block)], tokens, alpha, beta)
+    make_reversible(blocks, alpha, beta)
+    torch.testing.assert_close(blocks(tokens), wanted, rtol=1e-12, atol=1e-12)
+
+
 def test_a_mutant_of_the_gradients_is_seen(monkeypatch):
     """gradient_error tells of an inverse that is off by 1e-6."""
     handle = make_reversible(make("torchvision ResNet"))
