@@ -16,8 +16,8 @@ PANEL_INCHES = (5.2, 3.8)
 def plot(benchmark: Benchmark, file: Path, *, title: str = "") -> None:
     """Memory and time against batch size and against resolution, where there are several; then against each other.
 
-    Memory is the peak on CUDA, and the bytes saved for backward on a CPU. In the last panel, of the last setting, lines
-    join what differs in its memory budget only.
+    Memory is the peak on CUDA, and the bytes saved for backward on a CPU. In the last panel, of the last batch size and
+    resolution, lines join what differs in its memory budget only: there is one for each dtype.
 
     Args:
         benchmark: with at least one contender that ran.
@@ -65,12 +65,12 @@ def _key(axis: str) -> Any:
 
 
 def _against_each_other(panel: Any, rows: Sequence[Row], every: Sequence[Row], colors: dict[str, str]) -> None:
-    """Memory against time of one setting."""
+    """Memory against time at one batch size and resolution."""
     for row in rows:
         label = _label(row, every)
         panel.plot(_memory(row), _milliseconds(row), "o", color=colors[label], label=label)
-    for name in dict.fromkeys(row.contender.partition("@")[0] for row in rows):
-        front = [row for row in rows if row.contender.partition("@")[0] == name]
+    for line in dict.fromkeys(map(_front, rows)):
+        front = [row for row in rows if _front(row) == line]
         front.sort(key=lambda row: _memory(row) or 0)
         panel.plot([_memory(row) for row in front], [_milliseconds(row) for row in front], "-", color="0.7", zorder=0)
     last = rows[-1]
@@ -81,6 +81,11 @@ def _against_each_other(panel: Any, rows: Sequence[Row], every: Sequence[Row], c
 
 def _setting(row: Row) -> tuple[int, int | None]:
     return row.batch, row.size
+
+
+def _front(row: Row) -> tuple[str, str]:
+    """What rows have in common that differ in their memory budget only, at one batch size and resolution."""
+    return row.contender.partition("@")[0], row.dtype
 
 
 def _label(row: Row, rows: Sequence[Row]) -> str:

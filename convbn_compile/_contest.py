@@ -86,7 +86,7 @@ class Entrant:
             return
         try:
             action()
-        except Exception as error:  # noqa: BLE001  whatever it is: this one could not run
+        except (Exception, SystemExit) as error:  # noqa: BLE001  whatever it is: this one could not run
             self.row = replace(self.blank, because=" ".join(brief(error).split()))
             self.step = None
             self.seconds.clear()

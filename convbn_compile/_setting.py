@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from convbn_compile import _torch
+from convbn_compile._arguments import shown
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,27 @@ class Setting:
 
 
 AUTOCAST = "autocast-"
+AUTOCASTS = (torch.bfloat16, torch.float16)
 
 
 def dtype_of(name: str) -> torch.dtype:
     """The dtype of a name.
 
     Raises:
-        ValueError: there is none of that name, or it is not floating-point.
+        TypeError: it is no name.
+        ValueError: there is none of that name, it is not floating-point, or autocast does not cast to it.
     """
-    dtype = getattr(torch, name.removeprefix(AUTOCAST), None) if isinstance(name, str) else None
+    if not isinstance(name, str):
+        raise TypeError(f"a name such as 'float32' is needed, got {shown(name)}.")
+    dtype = getattr(torch, name.removeprefix(AUTOCAST), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"Unknown dtype {name!r}. Known: float32, bfloat16, float16, float64, {AUTOCAST}bfloat16.")
+    if name.startswith(AUTOCAST) and dtype not in AUTOCASTS:
+        raise ValueError(f"torch.autocast casts to bfloat16 and float16 only, got {name!r}. Try {AUTOCAST}bfloat16.")
     return dtype
+
+
+def known_dtype(name: Any) -> str:
+    """The name itself, if dtype_of knows it."""
+    dtype_of(name)
+    return str(name)

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import inspect
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -361,8 +362,18 @@ def saved_values(
     The graphs are not made, and what budgets have in common is solved once. A budget that the user gave a region
     (torch.autograd.graph.region_activation_memory_budget) goes before ours: then there is nothing to choose.
 
-    Hides: partitioners.choose_saved_values_set and solve_min_cut.
+    Hides: partitioners.choose_saved_values_set and solve_min_cut. While they are replaced no other thread may replace
+    them: it would take ours for torch's, and put them back for good.
     """
+    with _PARTITIONER:
+        return _saved_values(joint, budgets, num_fwd_outputs)
+
+
+_PARTITIONER = threading.RLock()
+"""Held by who replaces functions of torch's partitioner."""
+
+
+def _saved_values(joint: fx.GraphModule, budgets: Sequence[float], num_fwd_outputs: int) -> dict[float, list[fx.Node]]:
     found: dict[float, list[fx.Node]] = {}
     solved: dict[Any, Any] = {}
     choose_plainly, solve_plainly = partitioners.choose_saved_values_set, partitioners.solve_min_cut

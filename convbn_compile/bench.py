@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import platform
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,10 @@ from torch import nn
 import convbn_compile
 from convbn_compile import _torch
 from convbn_compile import contenders as _contenders
+from convbn_compile._arguments import count, listed, located, named
 from convbn_compile._contest import WARMUPS, Contest
 from convbn_compile._extras import require
-from convbn_compile._setting import Setting, dtype_of
+from convbn_compile._setting import Setting, known_dtype
 from convbn_compile._wrapped import check_module, unwrapped
 from convbn_compile.benchmark import Benchmark, Row
 from convbn_compile.contenders import Contender
@@ -62,8 +63,10 @@ def bench(
         The benchmark. A contender that could not run has a row with the reason.
 
     Raises:
-        TypeError: `model` is not a module, or no input is a tensor.
-        ValueError: an unknown contender, dtype or lowering, or fewer than one step.
+        TypeError: `model` is not a module, no input is a tensor, or another argument has the wrong type, as a name has
+            where a list of names is needed.
+        ValueError: an unknown contender, dtype or lowering, one that is there twice, no contender, no dtype, or a
+            number below one.
         ModuleNotFoundError: psutil or tqdm is not installed.
 
     Examples:
@@ -73,11 +76,12 @@ def bench(
         [(1, 1152), (2, 2304)]
     """
     check_module(model, "bench")
-    model, kwargs = unwrapped(model), dict(kwargs or {})
+    model, kwargs, steps = unwrapped(model), located("kwargs", named, kwargs), located("steps", count, steps)
     chosen = _contenders.contenders(contenders, Options.parse(options={"lowering": lowering}).lowering)
     reference = _reference(reference, [contender.name for contender in chosen])
-    settings = [Setting(*each) for each in itertools.product(batches or (None,), sizes or (None,), dtypes)]
-    device = _check((inputs, kwargs), settings, steps)
+    settings = _settings(batches, sizes, dtypes)
+    device = _device((inputs, kwargs))
+    require("psutil", extra="bench")
     tqdm = require("tqdm", extra="bench").tqdm
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder, _torch.leaving_no_trace():
@@ -109,19 +113,19 @@ def _reference(name: str | None, contenders: Sequence[str]) -> str:
     return name
 
 
-def _check(inputs: Any, settings: Iterable[Setting], steps: int) -> torch.device:
+def _settings(batches: Any, sizes: Any, dtypes: Any) -> list[Setting]:
+    """Each combination; checked."""
+    batches = listed("batches", batches, count, example="[8, 32]")
+    sizes = listed("sizes", sizes, count, example="[128, 224]")
+    dtypes = listed("dtypes", dtypes, known_dtype, example='["float32", "bfloat16"]', optional=False)
+    return [Setting(*each) for each in itertools.product(batches or (None,), sizes or (None,), dtypes)]
+
+
+def _device(inputs: Any) -> torch.device:
     """Where the inputs are; checked."""
     tensors = _torch.tensors_in(inputs)
     if not tensors:
         raise TypeError("bench needs what the model is called with, such as torch.zeros(8, 3, 224, 224).")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps!r}.")
-    for setting in settings:
-        dtype_of(setting.dtype)
-        for name, value in (("batches", setting.batch), ("sizes", setting.size)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value!r}.")
-    require("psutil", extra="bench")
     return tensors[0].device
 
 

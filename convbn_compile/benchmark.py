@@ -68,7 +68,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Rows, one for each setting and contender, and under what they were measured; str() is a table."""
+    """Rows, one for each setting and contender, and under what they were measured; str() is a table.
+
+    Below it is said what the ratios are to, and who could not run and why.
+    """
 
     configuration: Mapping[str, Any]
     rows: tuple[Row, ...]
@@ -84,7 +87,8 @@ class Benchmark:
 
     def __str__(self) -> str:
         ran = tabulate(*table([row for row in self.rows if not row.because]), disable_numparse=True)
-        return "\n\n".join(part for part in (ran, "\n".join(reasons(self.rows))) if part)
+        notes = [*(references(self) if ran else ()), *reasons(self.rows)]
+        return "\n\n".join(part for part in (ran, "\n".join(notes)) if part)
 
 
 def _row(item: Mapping[str, Any]) -> Row:
@@ -127,6 +131,23 @@ COLUMNS: Mapping[str, Any] = {
     "kernels": lambda row: row.kernels,
     "convolutions": lambda row: row.convolutions and "{} + {}".format(*row.convolutions),
 }
+
+
+def references(benchmark: Benchmark) -> list[str]:
+    """What the ratios are to, and where there is none because the reference could not run."""
+    rows = [row for row in benchmark.rows if row.contender == benchmark.configuration.get("reference")]
+    ran, failed = ([row for row in rows if bool(row.because) is failed] for failed in (False, True))
+    lines = []
+    if ran and any(row.ratio is not None for row in benchmark.rows):
+        lines.append(f"ratio: to {ran[0].label}, pair by pair, median of {_steps(ran[0])}")
+    if failed:
+        at = f" at {'; '.join(map(_setting, failed))}" if ran else ""
+        lines.append(f"no ratio{at}: the reference, {failed[0].label}, could not run")
+    return lines
+
+
+def _steps(row: Row) -> str:
+    return f"{len(row.seconds)} step{'s' * (len(row.seconds) != 1)}"
 
 
 def reasons(rows: Sequence[Row]) -> list[str]:

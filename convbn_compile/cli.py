@@ -1,7 +1,8 @@
 """convbn-compile: what the backend does to a model, what its batch norms are like, and what a step takes.
 
 Exit codes: 0 done; 1 done, and there was nothing: no norm folded, none that has running statistics, or no contender
-that ran; 2 wrong usage; 3 the model could not be loaded or run, or a package is missing.
+that ran; 2 wrong usage; 3 the model could not be loaded or run, a package is missing, or a file could not be written;
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from torch import Tensor, nn
 import convbn_compile
 from convbn_compile import _bench_command, _bench_plot, diagnose, models
 from convbn_compile._extras import require
+from convbn_compile._files import add_file, written
 from convbn_compile._grouped import grouped, pattern, with_ranges, without_numbers
 from convbn_compile.explain import explain_mode
 from convbn_compile.options import Mode
 from convbn_compile.report import Report
 
-DONE, NOTHING, FAILED = 0, 1, 3
-"""Exit codes; 2 is argparse's for wrong usage."""
+DONE, NOTHING, FAILED, INTERRUPTED = 0, 1, 3, 130
+"""Exit codes; 2 is argparse's for wrong usage, 130 what shells have for SIGINT."""
 
 
 class UsageError(Exception):
@@ -197,21 +199,7 @@ def _widths(rows: list[list[str]], headers: list[str], width: int | None) -> lis
 def diagnose_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of diagnose alone."""
     _all_argument(parser)
-    _file_argument(parser, "--plot", "write a histogram, such as scales.png or scales.svg", diagnose.FORMATS)
-
-
-def _file_argument(parser: argparse.ArgumentParser, name: str, what: str, suffixes: Sequence[str]) -> None:
-    """A file to write, in a folder that there is."""
-
-    def parse(name: str) -> Path:
-        file = Path(name)
-        if file.suffix.lower() not in suffixes:
-            raise argparse.ArgumentTypeError(f"{name!r} does not end in {', '.join(suffixes)}")
-        if not file.parent.is_dir():
-            raise argparse.ArgumentTypeError(f"{name!r}: there is no folder {file.parent}")
-        return file
-
-    parser.add_argument(name, type=parse, metavar="FILE", help=what)
+    add_file(parser, "--plot", "write a histogram, such as scales.png or scales.svg", diagnose.FORMATS)
 
 
 def run_diagnose(arguments: argparse.Namespace) -> int:
@@ -239,8 +227,8 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of bench alone."""
     _input_argument(parser)
     _bench_command.add_arguments(parser)
-    _file_argument(parser, "--out", "write the JSON to this file", (".json",))
-    _file_argument(parser, "--plot", "memory and time, such as bench.png", diagnose.FORMATS)
+    add_file(parser, "--out", "write the JSON to this file", (".json",))
+    add_file(parser, "--plot", "memory and time, such as bench.png", diagnose.FORMATS)
 
 
 def run_bench(arguments: argparse.Namespace) -> int:
@@ -255,14 +243,13 @@ def run_bench(arguments: argparse.Namespace) -> int:
         except ValueError as error:
             raise UsageError(str(error)) from error
     facts = as_json(arguments, found.to_dict())
-    if arguments.out:
-        arguments.out.write_text(facts + "\n")
-    print(facts if arguments.json else found)
-    if arguments.plot:
-        try:
-            _bench_plot.plot(found, arguments.plot, title=arguments.model)
-        except ValueError as error:
-            print(f"{arguments.plot} was not written: {error}", file=sys.stderr)
+    try:
+        print(facts if arguments.json else found, flush=True)
+    finally:  # also for a reader that has seen enough
+        json_written = written(arguments.out, lambda file: file.write_text(facts + "\n"))
+        plot_written = written(arguments.plot, lambda file: _bench_plot.plot(found, file, title=arguments.model))
+    if not (json_written and plot_written):
+        return FAILED
     return NOTHING if all(row.because for row in found.rows) else DONE
 
 
@@ -341,6 +328,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Path(os.devnull).open("w") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return DONE
+    except KeyboardInterrupt:
+        print("convbn-compile: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except Exception as error:  # noqa: BLE001  a message and an exit code for the shell
         if arguments.traceback:
             traceback.print_exc()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -13,6 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 from convbn_compile import _torch
+from convbn_compile._arguments import listed, shown
 from convbn_compile.options import Lowering, Mode, Options
 
 Build = Callable[[nn.Module], nn.Module]
@@ -130,16 +133,26 @@ def _frozen(model: nn.Module) -> nn.Module:
 def fused(model: nn.Module) -> nn.Module:
     """The network with neighbouring convolutions and norms fused by torch.nn.utils.fusion, in place: the limit.
 
-    It has other parameters to train, and all of them require grad.
+    It has other parameters: a folded weight is trained if the convolution's was, and a folded bias if the convolution's
+    was, or, where it had none, the norm's.
     """
     for parent in model.modules():
         last: tuple[str, nn.Conv2d] | None = None
         for name, module in parent.named_children():
             if isinstance(module, nn.BatchNorm2d) and last is not None:
-                setattr(parent, last[0], fuse_conv_bn_eval(last[1], module))
+                setattr(parent, last[0], _fused(last[1], module))
                 setattr(parent, name, nn.Identity())
             last = (name, module) if isinstance(module, nn.Conv2d) else None
-    return model.requires_grad_()
+    return model
+
+
+def _fused(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    """A convolution with a norm folded into it."""
+    found = fuse_conv_bn_eval(convolution, norm)
+    bias = norm.bias if convolution.bias is None else convolution.bias
+    assert found.bias is not None, "what is folded has a bias"
+    found.bias.requires_grad_(bias is not None and bias.requires_grad)
+    return found
 
 
 class Checkpointed(nn.Module):
@@ -209,15 +222,18 @@ ALL = (*NAMES, "tune@0.99", "tune@0.5", "tune@0.25")
 """The whole field."""
 
 
-def contenders(chosen: Iterable[str | Contender], lowering: Lowering = Lowering.INDUCTOR) -> tuple[Contender, ...]:
+def contenders(chosen: Sequence[str | Contender], lowering: Lowering = Lowering.INDUCTOR) -> tuple[Contender, ...]:
     """Contenders by name, or as they are.
 
     Raises:
+        TypeError: `chosen` is no list, or holds what is neither a name nor a Contender.
         ValueError: a name is unknown, or given twice, or there is none.
     """
-    found = tuple(contender(one, lowering) if isinstance(one, str) else one for one in chosen)
-    names = [one.name for one in found]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice or not found:
-        raise ValueError(f"contenders: {twice!r} is there twice." if twice else "contenders: there is none.")
-    return found
+    check, example = partial(_contender, lowering=lowering), '["inductor", "tune"]'
+    return listed("contenders", chosen, check, example=example, optional=False, key=attrgetter("name"))
+
+
+def _contender(one: Any, lowering: Lowering) -> Contender:
+    if not isinstance(one, (str, Contender)):
+        raise TypeError(f"a name such as 'tune', or a Contender, is needed, got {shown(one)}.")
+    return contender(one, lowering) if isinstance(one, str) else one

@@ -262,7 +262,7 @@ def test_a_scale_beyond_float16(trained, folded):
 
     class Widened(Affine):
         def forward(self, x):
-            return self.layer(x).float() * self.weight.float() * 2000
+            return self.layer(x) * self.weight.float() * 2000
 
     model = Widened(None, nn.Linear(3, 4), trained=trained).half()
     with torch.no_grad():

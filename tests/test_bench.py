@@ -3,8 +3,10 @@
 import importlib
 import json
 import os
+import re
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -96,7 +98,10 @@ def test_one_that_fails_on_the_way_is_a_line_and_costs_no_other_its_steps(world)
     assert [len(row.seconds) for row in found.rows] == [6, 0, 6]
     assert [row.ratio for row in found.rows] == [None] * 3
     assert found.rows[1].saved_bytes is None
-    assert str(found).splitlines()[-1] == "TWO could not run: MemoryError: no more"
+    assert str(found).splitlines()[-2:] == [
+        "no ratio: the reference, TWO, could not run",
+        "TWO could not run: MemoryError: no more",
+    ]
     assert len([line for line in str(found).splitlines() if line.startswith(("ONE", "FOUR"))]) == 2
 
 
@@ -214,19 +219,47 @@ def test_peak_of_the_process_where_it_can_only_be_watched(monkeypatch, tmp_path)
         ({"contenders": ["tuned"]}, "Unknown contender 'tuned'. Did you mean 'tune'? Known: eager, train, inductor"),
         ({"contenders": ["eager@0.5"]}, "inductor and tune also with a memory budget, such as tune@0.5."),
         ({"contenders": ["tune@2"]}, "memory_budget must be a number in (0, 1], or 'pointwise'"),
-        ({"contenders": ["tune", "tune"]}, "contenders: 'tune' is there twice."),
-        ({"contenders": []}, "contenders: there is none."),
+        ({"contenders": ["tune", "tune"]}, "contenders: 'tune' is there twice. Leave one out, got ['tune', 'tune']"),
+        ({"contenders": ["tune", Contender("tune", "mine")]}, "contenders: 'tune' is there twice."),
+        ({"contenders": []}, 'contenders: there is none. Give ["inductor", "tune"], or leave the argument out; got []'),
         ({"reference": "deploy"}, "reference must be one of the contenders, eager; got 'deploy'."),
-        ({"dtypes": ["int8"]}, "Unknown dtype 'int8'. Known: float32, bfloat16"),
+        ({"dtypes": ["float32", "int8"]}, "dtypes[1]: Unknown dtype 'int8'. Known: float32, bfloat16"),
+        ({"dtypes": ["autocast-float64"]}, "only, got 'autocast-float64'. Try autocast-bfloat16."),
+        ({"dtypes": []}, "dtypes: there is none."),
+        ({"dtypes": ["float32", "float32"]}, "dtypes: 'float32' is there twice."),
         ({"lowering": "fast"}, "Unknown lowering 'fast'."),
-        ({"steps": 0}, "steps must be at least 1, got 0."),
-        ({"batches": [4, 0]}, "batches must be at least 1, got 0."),
+        ({"steps": 0}, "steps: an integer of 1 or more is needed, got 0 (int)."),
+        ({"batches": [4, 0]}, "batches[1]: an integer of 1 or more is needed, got 0 (int)."),
+        ({"sizes": [-1]}, "sizes[0]: an integer of 1 or more is needed, got -1 (int)."),
+        ({"batches": [8, 4, 8]}, "batches: 8 is there twice. Leave one out, got [8, 4, 8] (list)."),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_runs(arguments, message):
-    with pytest.raises(ValueError, match="^") as raised:
+    with pytest.raises(ValueError, match=re.escape(message)):
         bench(nn.Identity(), X, **{"contenders": ["eager"], **arguments})
-    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batches": 8}, "batches: a list such as [8, 32] is needed, got 8 (int)."),
+        ({"batches": "8"}, "batches: a list such as [8, 32] is needed, got '8' (str)."),
+        ({"batches": ["8"]}, "batches[0]: an integer of 1 or more is needed, got '8' (str)."),
+        ({"sizes": 8}, "sizes: a list such as [128, 224] is needed, got 8 (int)."),
+        ({"sizes": [8, 2.5]}, "sizes[1]: an integer of 1 or more is needed, got 2.5 (float)."),
+        ({"steps": 2.5}, "steps: an integer of 1 or more is needed, got 2.5 (float)."),
+        ({"steps": True}, "steps: an integer of 1 or more is needed, got True (bool)."),
+        ({"steps": None}, "steps: an integer of 1 or more is needed, got None (NoneType)."),
+        ({"contenders": "tune"}, 'contenders: a list such as ["inductor", "tune"] is needed, got \'tune\' (str).'),
+        ({"contenders": [3]}, "contenders[0]: a name such as 'tune', or a Contender, is needed, got 3 (int)."),
+        ({"dtypes": "float32"}, 'dtypes: a list such as ["float32", "bfloat16"] is needed, got \'float32\' (str).'),
+        ({"dtypes": [torch.float32]}, "dtypes[0]: a name such as 'float32' is needed, got torch.float32 (dtype)."),
+        ({"kwargs": [3]}, "kwargs: a dict by the names of the model's arguments is needed, got [3] (list)."),
+    ],
+)
+def test_what_has_the_wrong_type_is_said_before_anything_runs(arguments, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        bench(nn.Identity(), X, **{"contenders": ["eager"], **arguments})
 
 
 def test_a_model_and_inputs_are_needed():
@@ -234,6 +267,47 @@ def test_a_model_and_inputs_are_needed():
         bench(3, X)
     with pytest.raises(TypeError, match="bench needs what the model is called with, such as torch.zeros"):
         bench(nn.Identity())
+
+
+@pytest.mark.parametrize("part", ["build", "compile", "forward"])
+def test_one_that_wants_to_exit_is_a_line(part):
+    def stop(*_):
+        raise SystemExit("enough")
+
+    stopping = nn.Conv2d(3, 3, 1)
+    given = {"build": {"build": stop}, "compile": {"compile": stop}, "forward": {"build": lambda _: stopping}}
+    if part == "forward":
+        stopping.forward = stop
+    chosen = [Contender("stops", "Stops", **given[part]), "eager"]
+    stops, eager = bench(nn.Conv2d(3, 3, 1), X, contenders=chosen, steps=1, lowering="aot_eager").rows
+    assert (stops.because, stops.seconds) == ("SystemExit: enough", ())
+    assert len(eager.seconds) == 1
+
+
+def test_who_interrupts_is_obeyed():
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bench(nn.Conv2d(3, 3, 1), X, contenders=[Contender("one", "one", interrupted)], steps=1)
+
+
+def test_the_table_says_what_ratios_are_to():
+    ran = [Row(name, name.upper(), batch, 8, "float32", "", (1.0, 2.0), 1.0) for batch in (1, 2) for name in "ab"]
+
+    def notes(rows):
+        return str(Benchmark({"reference": "a"}, tuple(rows))).splitlines()[6:]
+
+    assert notes(ran) == ["", "ratio: to A, pair by pair, median of 2 steps"]
+    dead = Row("a", "A", 2, 8, "float32", "no more")
+    assert notes([*ran[:2], dead, ran[3]])[-3:] == [
+        "ratio: to A, pair by pair, median of 2 steps",
+        "no ratio at batch 2, size 8, float32: the reference, A, could not run",
+        "A could not run at batch 2, size 8, float32: no more",
+    ]
+    assert str(Benchmark({"reference": "a"}, (dead,))) == "A could not run: no more"
+    inference = [replace(row, ratio=None) for row in ran]
+    assert notes(inference) == []
 
 
 def test_reference_is_inductor_or_the_first():
@@ -274,6 +348,19 @@ def test_the_network_of_a_contender_computes_what_the_model_does():
     wanted = model(x)
     assert torch.equal(checkpointed(randomised_like(model))(x), wanted)
     torch.testing.assert_close(fused(randomised_like(model))(x), wanted)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_fused_network_trains_what_the_model_does(biased):
+    model = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 1, bias=biased), nn.BatchNorm2d(3)) for _ in range(4)))
+    model = randomise(nn.Sequential(*model, nn.Linear(3, 3), nn.Linear(3, 3)))
+    model[1].requires_grad_(False)
+    model[2][0].requires_grad_(False)
+    model[3][1].requires_grad_(False)
+    model[4].requires_grad_(False)
+    trained = [name for name, parameter in fused(model).named_parameters() if parameter.requires_grad]
+    of_halves = ["3.0.weight", "3.0.bias"] if biased else ["2.0.bias", "3.0.weight"]
+    assert trained == ["0.0.weight", "0.0.bias", *of_halves, "5.weight", "5.bias"]
 
 
 def randomised_like(model):
@@ -335,6 +422,14 @@ def test_plots_against_batch_size_and_resolution_and_each_other(monkeypatch, tmp
     assert list(front.get_xdata()) == [32, 64]  # tune@0.5 and tune are joined
 
 
+def test_the_last_panel_has_a_line_for_each_dtype(monkeypatch, tmp_path):
+    wide = rows((1,), (8,))
+    narrow = [replace(row, dtype="bfloat16", saved_bytes=row.saved_bytes // 2) for row in wide]
+    [panel] = drawn(monkeypatch, tmp_path, (*wide, *narrow))
+    fronts = [list(line.get_xdata()) for line in panel.get_lines() if line.get_linestyle() == "-"]
+    assert fronts == [[32], [8, 16], [16], [4, 8]]
+
+
 def test_plots_of_one_setting_and_of_a_gpu(monkeypatch, tmp_path):
     dead = Row("pytorch", "PyTorch's pass", 1, 8, "float32", "no such luck")
     [panel] = drawn(monkeypatch, tmp_path, (*rows((1,), (8,), reserved=5 * MIB), dead))
@@ -364,7 +459,8 @@ def test_the_command_prints_a_table_and_writes_files(model, tmp_path, capsys):
         ["eager", "Eval", "2", "8"],
         ["eager", "Train", "2", "8"],
     ]
-    assert len(out.splitlines()) == 2 + 4
+    assert out.splitlines()[-2:] == ["", "ratio: to eager Eval, pair by pair, median of 2 steps"]
+    assert len(out.splitlines()) == 2 + 4 + 2
     data = json.loads((tmp_path / "bench.json").read_text())
     assert data["configuration"]["command"].startswith("convbn-compile bench ")
     assert data["configuration"]["command"].endswith("bench.svg")
@@ -408,6 +504,8 @@ def test_code_1_if_nothing_could_run(model, tmp_path, capsys):
         ),
         (["--device", "abacus"], "argument --device: Expected one of cpu, cuda"),
         (["--out", "bench.txt"], "'bench.txt' does not end in .json"),
+        (["--batch", "8", "8"], "batches: 8 is there twice."),
+        (["--dtype", "autocast-float64"], "argument --dtype: torch.autocast casts to bfloat16 and float16 only"),
         (["--out", "no/such/bench.json"], "'no/such/bench.json': there is no folder no/such"),
         (["--all"], "unrecognized arguments: --all"),
     ],
@@ -417,6 +515,70 @@ def test_code_2_for_wrong_usage(model, arguments, message, capsys):
         cli.main(["bench", model, "--input", "1,3,8,8", *arguments])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def forbidden(monkeypatch):
+    """Has nothing of a name be writable: the tests may run as root, who may write everywhere."""
+    allowed = os.access
+    return lambda path: monkeypatch.setattr(os, "access", lambda file, mode: file != path and allowed(file, mode))
+
+
+@pytest.mark.parametrize("option", ["--out", "--plot"])
+def test_files_that_cannot_be_written_are_found_before_anything_runs(option, model, tmp_path, forbidden, capsys):
+    file = tmp_path / {"--out": "bench.json", "--plot": "bench.png"}[option]
+
+    def told():
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["bench", f"{model}_is_not_there", "--input", "1,3,8,8", option, str(file)])
+        assert stopped.value.code == 2
+        return capsys.readouterr().err
+
+    forbidden(tmp_path)
+    assert f"argument {option}: '{file}': the folder {tmp_path} must not be written to. Name a file" in told()
+    file.touch()
+    forbidden(file)
+    assert f"argument {option}: '{file}': it must not be written to. Name a file" in told()
+    file.unlink()
+    file.mkdir()
+    assert f"argument {option}: '{file}': it is a folder. Name a file" in told()
+
+
+def test_what_was_measured_is_printed_though_a_file_cannot_be_written(model, tmp_path, monkeypatch, capsys):
+    def measure(*arguments, plainly=cli._bench_command.measure):
+        (tmp_path / "bench.json").mkdir()  # meanwhile
+        return plainly(*arguments)
+
+    monkeypatch.setattr(cli._bench_command, "measure", measure)
+    files = ["--out", str(tmp_path / "bench.json"), "--plot", str(tmp_path / "bench.svg")]
+    assert cli.main(["bench", model, "--input", "1,3,8,8", *FEW, *files]) == 3
+    out, err = capsys.readouterr()
+    assert out.splitlines()[2].startswith("eager Eval")
+    assert "bench.json was not written: [Errno 21] Is a directory" in err
+    assert "<svg" in (tmp_path / "bench.svg").read_text()
+
+
+def test_files_are_written_for_a_reader_that_has_seen_enough(model, tmp_path, monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        out = tmp_path / "bench.json"
+        assert cli.main(["bench", model, "--input", "1,3,8,8", *FEW, "--out", str(out)]) == 0
+    assert len(json.loads(out.read_text())["rows"]) == 2
+
+
+def test_code_130_if_interrupted(model, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure.Step, "peak", interrupted)
+    try:
+        code = cli.main(["bench", model, "--input", "1,3,8,8", *FEW])
+    except KeyboardInterrupt:  # which would end the tests
+        code = None
+    assert code == 130
+    assert capsys.readouterr() == ("", "convbn-compile: interrupted\n")
 
 
 @pytest.mark.parametrize("package", ["psutil", "tqdm", "matplotlib"])

@@ -3,12 +3,15 @@
 import functools
 import itertools
 import random
+import threading
+import time
 
 import pytest
 import torch
 import torchvision
 from support import assert_as_eager, compiled, copied, joint_graph, randomise, relative_errors, run
 from torch import nn
+from torch._functorch import partitioners
 from torch.utils.checkpoint import checkpoint
 
 from convbn_compile import _torch, joint_pass, lowering, memory_budget
@@ -246,3 +249,27 @@ def test_a_failure_leaves_the_budget_to_aotautograd(monkeypatch):
     monkeypatch.setattr(memory_budget, "saved_bytes_at", fail)
     with pytest.warns(UserWarning, match="left memory_budget=0.5 to AOTAutograd, .*RuntimeError: injected"):
         assert_as_eager(small(), torch.randn(2, 3, 8, 8, dtype=torch.float64), folded=3, memory_budget=0.5)
+
+
+def test_threads_that_look_at_several_budgets_do_so_one_after_the_other(monkeypatch):
+    """Or else the second would take the first one's functions for the partitioner's, and put them back for good."""
+    plain = partitioners.choose_saved_values_set, partitioners.solve_min_cut
+    met, entered = [], threading.Event()
+
+    def partition(*_, **__):
+        met.append((partitioners.choose_saved_values_set, partitioners.solve_min_cut))
+        entered.set()
+        time.sleep(0.3)
+        met.append((partitioners.choose_saved_values_set, partitioners.solve_min_cut))
+
+    monkeypatch.setattr(_torch, "partition", partition)
+    look = functools.partial(_torch.saved_values, None, [0.5], num_fwd_outputs=1)
+    first, second = threading.Thread(target=look), threading.Thread(target=look)
+    first.start()
+    assert entered.wait(10)
+    time.sleep(0.1)
+    second.start()
+    first.join()
+    second.join()
+    assert met[0] == met[1] != met[2] == met[3]
+    assert plain == (partitioners.choose_saved_values_set, partitioners.solve_min_cut)

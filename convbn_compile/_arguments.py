@@ -1,0 +1,83 @@
+"""Checks of what a public function is given: what is wrong is said with the argument's name, before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
+
+
+def listed(
+    name: str,
+    values: Any,
+    check: Callable[[Any], Value],
+    *,
+    example: str,
+    optional: bool = True,
+    key: Callable[[Value], Any] = lambda value: value,
+) -> tuple[Value, ...]:
+    """What `check` makes of each of the values of an argument that is a list.
+
+    Args:
+        name: of the argument.
+        values: what was given.
+        check: returns a value that is right, and raises TypeError or ValueError for any other.
+        example: what may be written.
+        optional: there may be none.
+        key: what no two values may have in common.
+
+    Raises:
+        TypeError: `values` is no list or tuple, or one of them has the wrong type.
+        ValueError: one of them is wrong, or there twice, or there is none.
+
+    Examples:
+        >>> listed("batches", [8, 0], count, example="[8, 32]")
+        Traceback (most recent call last):
+        ValueError: batches[1]: an integer of 1 or more is needed, got 0 (int).
+    """
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+        raise TypeError(f"{name}: a list such as {example} is needed, got {shown(values)}.")
+    if not values and not optional:
+        raise ValueError(f"{name}: there is none. Give {example}, or leave the argument out; got {shown(values)}.")
+    found = tuple(located(f"{name}[{index}]", check, value) for index, value in enumerate(values))
+    keys = [key(value) for value in found]
+    twice = [each for each in keys if keys.count(each) > 1]
+    if twice:
+        raise ValueError(f"{name}: {twice[0]!r} is there twice. Leave one out, got {shown(values)}.")
+    return found
+
+
+def located(name: str, check: Callable[[Any], Value], value: Any) -> Value:
+    """What `check` makes of a value; errors begin with the argument's name."""
+    try:
+        return check(value)
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def count(value: Any) -> int:
+    """An integer of 1 or more."""
+    needed = f"an integer of 1 or more is needed, got {shown(value)}."
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(needed)
+    if value < 1:
+        raise ValueError(needed)
+    return int(value)
+
+
+def named(value: Any) -> dict[str, Any]:
+    """Keyword arguments; none for None."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise TypeError(f"a dict by the names of the model's arguments is needed, got {shown(value)}.")
+    return dict(value)
+
+
+def shown(value: Any) -> str:
+    """A value and its type, for a message."""
+    return f"{value!r} ({type(value).__name__})"
