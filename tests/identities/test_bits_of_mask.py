@@ -63,9 +63,8 @@ def test_a_mask_is_saved_as_bits(activation):
     assert_as_eager(model, double(2, 3, 8, 8))
 
 
-@pytest.mark.parametrize("channels", [8, 5])
-def test_generated_code(channels):
-    assert_as_eager(pooled(nn.ReLU(), channels), double(2, 3, 8, 8), lowering="inductor")
+def test_generated_code():
+    assert_as_eager(pooled(nn.ReLU()), double(2, 3, 8, 8), lowering="inductor")
 
 
 def test_the_bits_are_made_where_the_activation_is():
