@@ -71,7 +71,7 @@ def networks(image_size: int) -> list[Network]:
     lite = load_model(image_size)
     lite._global_params = lite._global_params._replace(drop_connect_rate=None)
     deep = torchvision.models.ResNet(Bottleneck, [1, 1, 12, 1], num_classes=10, width_per_group=16)
-    return [Network(PRETRAINED, lite, EFFICIENTNET_CHAINS, 1e-4), Network(DEEP, deep, None, 1e-3)]
+    return [Network(PRETRAINED, lite, EFFICIENTNET_CHAINS, 0.005), Network(DEEP, deep, None, 0.01)]
 
 
 @torch.no_grad()
@@ -105,7 +105,7 @@ def contenders(network: Network, lowering: str) -> dict[str, Start]:
 def train(network: Network, start: Start, digits: tuple[Digits, Digits], args: argparse.Namespace) -> dict[str, Any]:
     """What a contender comes to."""
     model, handle = start(copy.deepcopy(network.model).train())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=network.lr)
+    optimizer = torch.optim.SGD(model.parameters(), lr=network.lr, momentum=0.9)
     schedule = handle and CoefficientSchedule(handle, args.steps)
     images, labels = digits[0].batch(batch_indices(digits[0], args)[0], args.image_size)
     saved = saved_for_backward(lambda x, y: F.cross_entropy(model(x), y), model, images, labels)

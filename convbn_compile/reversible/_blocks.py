@@ -21,11 +21,12 @@ def projected(slot: str, absent: type[nn.Module] | None = None, *, rectified: bo
         absent: what it is where there is no projection; None if it is None then.
         rectified: the sum goes through an activation.
     """
+    g = with_shortcut(slot)
 
     def split(path: str, block: nn.Module) -> list[Unit] | None:
         projection = getattr(block, slot)
         is_absent = projection is None if absent is None else isinstance(projection, absent)
-        return [Unit(path, block, with_shortcut(slot), slot, rectified)] if is_absent else None
+        return [Unit(path, block, g, slot, rectified)] if is_absent else None
 
     return split
 
@@ -37,9 +38,10 @@ def residual(path: str, block: nn.Module) -> list[Unit]:
 
 def halves(attention: Callable[[Any, Tensor], Tensor], mlp: Callable[[Any, Tensor], Tensor]) -> Split:
     """Of a transformer's block, which is two units, as in the paper's Figure 4."""
+    both = _branch(attention), _branch(mlp)
 
     def split(path: str, block: nn.Module) -> list[Unit]:
-        return [Unit(path, block, _branch(attention)), Unit(path, block, _branch(mlp))]
+        return [Unit(path, block, g) for g in both]
 
     return split
 

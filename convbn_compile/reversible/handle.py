@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterable, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from convbn_compile.reversible._chains import Found, find, named
 from convbn_compile.reversible._gradients import gradients, relative_difference
 from convbn_compile.reversible._installed import Installed
 from convbn_compile.reversible._segment import Coefficients
+from convbn_compile.reversible._unit import G
 from convbn_compile.reversible.precision import JUMP, LARGEST_ERROR, TOLERANCE, longest, predicted_error
 
 logger = logging.getLogger("convbn_compile")
@@ -126,9 +128,12 @@ class Reversible:
         Args:
             kwargs: of torch.compile; the backend is convbn_tune unless they say otherwise.
         """
-        for chain in self._chains:
-            for unit in chain.units:
-                unit.compiled = torch.compile(unit.g, **{"backend": "convbn_tune", **kwargs})
+        alike: dict[Any, G] = {}
+        for unit in (unit for chain in self._chains for unit in chain.units):
+            kind = (unit.g, str(unit.module))
+            if kind not in alike:
+                alike[kind] = torch.compile(_apart(unit.g, len(alike)), **{"backend": "convbn_tune", **kwargs})
+            unit.compiled = alike[kind]
 
     def lengths(self, chain: Chain, dtype: torch.dtype, computed_in: torch.dtype) -> list[int]:
         """How many units of a chain are rebuilt in a row, from anchor to anchor.
@@ -209,6 +214,12 @@ class Reversible:
         except ValueError:
             self.restore()
             raise
+
+
+def _apart(function: Any, number: int) -> G:
+    """The function with code of its own: Dynamo's limit of recompiles, which is for each code, counts no other's."""
+    code = function.__code__.replace(co_name=f"{function.__name__}_{number}")
+    return FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
 
 
 def coefficients_of(alpha: Any, beta: Any) -> Coefficients:

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
-from reversible.nets import image, make, resnet_of
+from reversible.nets import Residual, image, make, resnet_of
 from reversible.test_segment import assert_alike, both, step
 from support import counted, randomise
+from torch import nn
 from torchvision.models import resnet
 
 from convbn_compile.reversible import make_reversible
@@ -25,6 +26,20 @@ def test_alike_blocks_share_graphs_and_fold():
         found = step(net, x)
     assert (counts.graphs, counts.folded, counts.refused) == (2, 6, [])
     assert_alike(found, step(twin, x))
+
+
+def test_many_kinds_of_blocks_keep_to_the_recompile_limit():
+    """Each kind has code of its own, so that none is left to eager because of the others."""
+    net = nn.Sequential(*(Residual(mlp_of(width)) for width in range(2, 14))).double()
+    handle = make_reversible(net, 0.3, 0.7, chains=[""])
+    wanted = handle.gradient_error(rows := torch.randn(3, 6, dtype=torch.float64))
+    handle.compile(backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        assert handle.gradient_error(rows) <= 10 * max(wanted, 1e-14)
+
+
+def mlp_of(width):
+    return nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 6))
 
 
 def test_other_coefficients_compile_nothing():
