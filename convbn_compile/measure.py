@@ -31,7 +31,8 @@ def saved_for_backward(function: Callable[..., Any], model: nn.Module, *inputs: 
         kept.append(tensor)  # so that no storage is reused while we look
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    hooks = [torch.compiler.disable(hook) for hook in (pack, lambda tensor: tensor)]  # type: ignore[no-untyped-call]
+    with torch.autograd.graph.saved_tensors_hooks(*hooks):
         output = function(*inputs, **kwargs)
     del output
     return sum(saved.values())

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from finetune import Digits, accuracy, batch_indices, load_digits, load_model
+from finetune import Digits, accuracy, adamw, batch_indices, load_digits, load_model
 from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch import nn
@@ -57,12 +57,12 @@ Start = Callable[[nn.Module], tuple[nn.Module, Reversible | None]]
 
 @dataclass(frozen=True)
 class Network:
-    """A network, the chains it has, and the learning rate of its training."""
+    """A network, the chains it has, and how it is trained."""
 
     name: str
     model: nn.Module
-    chains: list[list[str]] | None
-    lr: float
+    chains: list[list[str]] | None = None
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer] = lambda model: torch.optim.AdamW(model.parameters(), 1e-3)
 
 
 def networks(image_size: int) -> list[Network]:
@@ -71,7 +71,7 @@ def networks(image_size: int) -> list[Network]:
     lite = load_model(image_size)
     lite._global_params = lite._global_params._replace(drop_connect_rate=None)
     deep = torchvision.models.ResNet(Bottleneck, [1, 1, 12, 1], num_classes=10, width_per_group=16)
-    return [Network(PRETRAINED, lite, EFFICIENTNET_CHAINS, 0.005), Network(DEEP, deep, None, 0.01)]
+    return [Network(PRETRAINED, lite, EFFICIENTNET_CHAINS, lambda model: adamw(model, 1e-5)), Network(DEEP, deep)]
 
 
 @torch.no_grad()
@@ -105,7 +105,7 @@ def contenders(network: Network, lowering: str) -> dict[str, Start]:
 def train(network: Network, start: Start, digits: tuple[Digits, Digits], args: argparse.Namespace) -> dict[str, Any]:
     """What a contender comes to."""
     model, handle = start(copy.deepcopy(network.model).train())
-    optimizer = torch.optim.SGD(model.parameters(), lr=network.lr, momentum=0.9)
+    optimizer = network.optimizer(model)
     schedule = handle and CoefficientSchedule(handle, args.steps)
     images, labels = digits[0].batch(batch_indices(digits[0], args)[0], args.image_size)
     saved = saved_for_backward(lambda x, y: F.cross_entropy(model(x), y), model, images, labels)
@@ -139,7 +139,7 @@ def saved_by_depth(depths: Sequence[int], lowering: str) -> dict[str, list[float
         stage = torchvision.models.ResNet(Bottleneck, [1, 1, blocks, 1]).layer3
         stage[0] = Bottleneck(512, 256, 2, stage[0].downsample)
         stage[0].downsample[0] = nn.Conv2d(512, 1024, 1, 2, bias=False)
-        plain = Network("", stage, None, 0.0)
+        plain = Network("", stage)
         for name, start in contenders(plain, lowering).items():
             model, handle = start(copy.deepcopy(stage).eval())
             found.setdefault(name, []).append(saved_for_backward(model, model, x) / 2**20)
@@ -176,7 +176,7 @@ def parse_args() -> argparse.Namespace:
         "--networks", nargs="*", choices=(PRETRAINED, DEEP), default=(PRETRAINED, DEEP), help="to train"
     )
     parser.add_argument("--depths", nargs="+", type=int, default=DEPTHS, help="blocks of stage 3, for the plot")
-    parser.add_argument("--steps", type=int, default=30, help="training steps of each contender")
+    parser.add_argument("--steps", type=int, default=40, help="training steps of each contender")
     parser.add_argument("--batch-size", type=int, default=16, help="images per step")
     parser.add_argument("--image-size", type=int, default=32, help="pixels that the digits are enlarged to")
     parser.add_argument("--test-images", type=int, default=300, help="held-out images")
@@ -189,6 +189,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Train all, print the tables, write the plot and the figures."""
     args = parse_args()
+    torch._dynamo.config.recompile_limit = 64  # a model that breaks at its chains is compiled block by block
     digits = load_digits(4000, args.test_images, args.seed)
     figures: dict[str, Any] = {}
     for network in networks(args.image_size):
