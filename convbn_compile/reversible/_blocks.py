@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from convbn_compile.reversible._unit import Unit, whole, with_shortcut
+from convbn_compile.reversible._unit import Branch, Unit, WithShortcut, whole
 
 Split = Callable[[str, nn.Module], list[Unit] | None]
 """The units of a block; None if its input and its output have other shapes."""
@@ -21,7 +21,7 @@ def projected(slot: str, absent: type[nn.Module] | None = None, *, rectified: bo
         absent: what it is where there is no projection; None if it is None then.
         rectified: the sum goes through an activation.
     """
-    g = with_shortcut(slot)
+    g = WithShortcut(slot)
 
     def split(path: str, block: nn.Module) -> list[Unit] | None:
         projection = getattr(block, slot)
@@ -38,7 +38,7 @@ def residual(path: str, block: nn.Module) -> list[Unit]:
 
 def halves(attention: Callable[[Any, Tensor], Tensor], mlp: Callable[[Any, Tensor], Tensor]) -> Split:
     """Of a transformer's block, which is two units, as in the paper's Figure 4."""
-    both = _branch(attention), _branch(mlp)
+    both = Branch(attention), Branch(mlp)
 
     def split(path: str, block: nn.Module) -> list[Unit]:
         return [Unit(path, block, g) for g in both]
@@ -46,19 +46,41 @@ def halves(attention: Callable[[Any, Tensor], Tensor], mlp: Callable[[Any, Tenso
     return split
 
 
-def _branch(f: Callable[[Any, Tensor], Tensor]) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
-    return lambda module, x, alpha: f(module, x) + alpha * x
-
-
-def _attention_of_torchvision(block: Any, x: Tensor) -> Tensor:
+def _attention_of_vit(block: Any, x: Tensor) -> Any:
+    """Of torchvision."""
     x = block.ln_1(x)
     x, _ = block.self_attention(x, x, x, need_weights=False)
-    return block.dropout(x)  # type: ignore[no-any-return]
+    return block.dropout(x)
 
 
-def _mlp_of_swin_of_timm(block: Any, x: Tensor) -> Tensor:
-    """timm's Swin makes a sequence of the image between the halves, which norm and mlp do not ask for."""
-    return block.drop_path2(block.mlp(block.norm2(x)))  # type: ignore[no-any-return]
+def _mlp_of_vit(block: Any, x: Tensor) -> Any:
+    return block.mlp(block.ln_2(x))
+
+
+def _attention_of_swin(block: Any, x: Tensor) -> Any:
+    """Of torchvision."""
+    return block.stochastic_depth(block.attn(block.norm1(x)))
+
+
+def _mlp_of_swin(block: Any, x: Tensor) -> Any:
+    return block.stochastic_depth(block.mlp(block.norm2(x)))
+
+
+def _attention_of_timm_vit(block: Any, x: Tensor) -> Any:
+    return block.drop_path1(block.ls1(block.attn(block.norm1(x))))
+
+
+def _mlp_of_timm_vit(block: Any, x: Tensor) -> Any:
+    return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+def _attention_of_timm_swin(block: Any, x: Tensor) -> Any:
+    return block.drop_path1(block._attn(block.norm1(x)))
+
+
+def _mlp_of_timm_swin(block: Any, x: Tensor) -> Any:
+    """timm makes a sequence of the image between the halves, which norm and mlp do not ask for."""
+    return block.drop_path2(block.mlp(block.norm2(x)))
 
 
 SPLITS: dict[tuple[str, str], Split] = {
@@ -66,24 +88,14 @@ SPLITS: dict[tuple[str, str], Split] = {
     ("torchvision.models.resnet", "Bottleneck"): projected("downsample"),
     ("torchvision.models.regnet", "ResBottleneckBlock"): projected("proj"),
     ("torchvision.models.convnext", "CNBlock"): residual,
-    ("torchvision.models.vision_transformer", "EncoderBlock"): halves(
-        _attention_of_torchvision, lambda block, x: block.mlp(block.ln_2(x))
-    ),
-    ("torchvision.models.swin_transformer", "SwinTransformerBlock"): halves(
-        lambda block, x: block.stochastic_depth(block.attn(block.norm1(x))),
-        lambda block, x: block.stochastic_depth(block.mlp(block.norm2(x))),
-    ),
+    ("torchvision.models.vision_transformer", "EncoderBlock"): halves(_attention_of_vit, _mlp_of_vit),
+    ("torchvision.models.swin_transformer", "SwinTransformerBlock"): halves(_attention_of_swin, _mlp_of_swin),
     ("timm.models.resnet", "BasicBlock"): projected("downsample"),
     ("timm.models.resnet", "Bottleneck"): projected("downsample"),
     ("timm.models.regnet", "Bottleneck"): projected("downsample", absent=nn.Identity),
     ("timm.models.convnext", "ConvNeXtBlock"): projected("shortcut", absent=nn.Identity, rectified=False),
-    ("timm.models.vision_transformer", "Block"): halves(
-        lambda block, x: block.drop_path1(block.ls1(block.attn(block.norm1(x)))),
-        lambda block, x: block.drop_path2(block.ls2(block.mlp(block.norm2(x)))),
-    ),
-    ("timm.models.swin_transformer", "SwinTransformerBlock"): halves(
-        lambda block, x: block.drop_path1(block._attn(block.norm1(x))), _mlp_of_swin_of_timm
-    ),
+    ("timm.models.vision_transformer", "Block"): halves(_attention_of_timm_vit, _mlp_of_timm_vit),
+    ("timm.models.swin_transformer", "SwinTransformerBlock"): halves(_attention_of_timm_swin, _mlp_of_timm_swin),
 }
 """By the module and the name of the block's class."""
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from convbn_compile.reversible import coupling
+from convbn_compile.reversible._replay import Autocast
 from convbn_compile.reversible._segment import Coefficients, run, run_reversible
 from convbn_compile.reversible._unit import Unit
 
@@ -28,7 +29,7 @@ class Settings(Protocol):
     coefficients: Coefficients
     ordinary: bool
 
-    def lengths(self, chain: Chain, dtype: torch.dtype, computed_in: torch.dtype) -> Sequence[int]:
+    def lengths(self, chain: Chain, dtype: torch.dtype, *, low_precision: bool) -> Sequence[int]:
         """Of the segments."""
 
 
@@ -46,7 +47,7 @@ class Chain:
 
     @property
     def rectified(self) -> bool:
-        """True if a block ends in an activation, behind which errors jump."""
+        """True if a block ends in an activation with a kink, behind which errors jump."""
         return any(unit.rectified for unit in self.units)
 
     @_uncompiled
@@ -56,13 +57,12 @@ class Chain:
         Raises:
             ValueError: backward is asked for at beta = 0.
         """
-        coefficients, autocast = self.settings.coefficients, torch.is_autocast_enabled(x.device.type)
-        computed_in = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        coefficients, autocast = self.settings.coefficients, Autocast.now(x.device.type).dtype is not None
         wide = x.to(torch.promote_types(x.dtype, torch.float32)) if autocast else x
-        streams = self._run(coupling.start(wide, coefficients.beta), computed_in)
+        streams = self._run(coupling.start(wide, coefficients.beta), low_precision=autocast)
         return coupling.end(*streams, coefficients.beta).to(x.dtype)
 
-    def _run(self, streams: coupling.Streams, computed_in: torch.dtype) -> coupling.Streams:
+    def _run(self, streams: coupling.Streams, *, low_precision: bool) -> coupling.Streams:
         coefficients = self.settings.coefficients
         if not self._needs_backward(streams[0]) or self.settings.ordinary:
             return run(self.units, streams, coefficients)
@@ -73,9 +73,10 @@ class Chain:
                 "torch.no_grad()."
             )
         rest = iter(self.units)
-        for length in self.settings.lengths(self, streams[0].dtype, computed_in):
+        for length in self.settings.lengths(self, streams[0].dtype, low_precision=low_precision):
             streams = run_reversible(tuple(itertools.islice(rest, length)), streams, coefficients)
         return streams
 
     def _needs_backward(self, x: Tensor) -> bool:
-        return torch.is_grad_enabled() and (x.requires_grad or any(unit.trained() for unit in self.units))
+        parameters = (parameter for unit in self.units for parameter in unit.module.parameters())
+        return torch.is_grad_enabled() and (x.requires_grad or any(parameter.requires_grad for parameter in parameters))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,6 @@ from torch import nn
 
 from convbn_compile.reversible._blocks import residual, split
 from convbn_compile.reversible._unit import Unit
-
-LOOPS = {("torch.nn.modules.container", "Sequential.forward"), ("timm.models.regnet", "RegStage.forward")}
-"""Forwards that call the children in turn and do nothing else."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +45,10 @@ def find(model: nn.Module) -> list[Found]:
 
 def _runs(path: str, parent: nn.Module) -> list[list[tuple[str, list[Unit]]]]:
     runs: list[list[tuple[str, list[Unit]]]] = [[]]
-    for name, child in parent.named_children():
-        units = split(joined(path, name), child)
+    children = parent._modules
+    for name, child in children.items():
+        once = sum(other is child for other in children.values()) == 1
+        units = split(joined(path, name), child) if child is not None and once else None
         if units is None:
             runs.append([])
         else:
@@ -68,17 +67,25 @@ def named(model: nn.Module, chains: Iterable[Any]) -> list[Found]:
         TypeError: a chain is neither.
         ValueError: there is no such module; blocks that are not children of one module, next to each other.
     """
+    if isinstance(chains, str) or not isinstance(chains, Iterable):
+        raise TypeError(f'make_reversible: chains is a list, such as ["layer3"], got {chains!r}.')
     found = [_named(model, chain) for chain in chains]
+    if not found:
+        raise ValueError("make_reversible: chains is empty. None finds the blocks of known classes.")
     blocks = [path for one in found for path in one.paths]
-    twice = next((path for path in blocks if blocks.count(path) > 1), None)
-    if twice is not None:
-        raise ValueError(f"make_reversible: chains has {twice} twice. A block is in one chain.")
+    modules = [model.get_submodule(path) for path in blocks]
+    for index, path in enumerate(blocks):
+        if modules[index] in modules[:index]:
+            raise ValueError(f"make_reversible: chains has {path} twice. A block is in one place of one chain.")
+        outer = next((other for other in blocks if path.startswith(f"{other}.")), None)
+        if outer is not None:
+            raise ValueError(f"make_reversible: {path} is inside of {outer}, which is a block of a chain itself.")
     return found
 
 
 def _named(model: nn.Module, chain: Any) -> Found:
     if isinstance(chain, str):
-        path, names = chain, tuple(name for name, _ in _module(model, chain).named_children())
+        path, names = chain, tuple(_module(model, chain)._modules)
     elif isinstance(chain, Sequence) and chain and all(isinstance(path, str) for path in chain):
         parents = {path.rpartition(".")[0] for path in chain}
         if len(parents) > 1:
@@ -91,7 +98,7 @@ def _named(model: nn.Module, chain: Any) -> Found:
         )
     parent = _module(model, path)
     blocks = [_module(model, joined(path, name)) for name in names]
-    children = [name for name, _ in parent.named_children()]
+    children = list(parent._modules)
     first = children.index(names[0]) if names else 0
     if not names or tuple(children[first : first + len(names)]) != names:
         raise ValueError(
@@ -117,9 +124,3 @@ def _module(model: nn.Module, path: str) -> nn.Module:
 def joined(path: str, name: str) -> str:
     """The path of a child."""
     return f"{path}.{name}" if path else name
-
-
-def runs_its_children(parent: nn.Module) -> bool:
-    """True if all that its forward does is to call the children in turn."""
-    forward: Callable[..., Any] = type(parent).forward
-    return (forward.__module__, forward.__qualname__) in LOOPS

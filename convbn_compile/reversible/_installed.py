@@ -1,24 +1,38 @@
-"""A chain in the place of its blocks: the forward of the first of them runs all, the others' hands on; and back."""
+"""A chain in the place of its blocks: the forward of the first of them runs all, the others hand on; and back again."""
 
 from __future__ import annotations
 
 import inspect
-import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from convbn_compile.reversible._chains import Found, runs_its_children
+from convbn_compile.reversible._chains import Found
 from convbn_compile.reversible._unit import Shortcut
+
+
+class InsideOfChain:
+    """What is handed from block to block: what the chain made, which only the last block gives out.
+
+    It is no tensor, so that whoever wants what is between blocks gets an error.
+
+    Args:
+        output: of the chain.
+        at: the block that had it last.
+        message: of the error.
+    """
+
+    def __init__(self, output: Tensor, at: int, message: str) -> None:
+        self.output, self.at, self.message = output, at, message
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise RuntimeError(f"{self.__dict__['message']} Here {name} of what is between its blocks was asked for.")
 
 
 class Installed:
     """A run of blocks that is computed by `chain`; forwards are set on the modules themselves, names stay.
-
-    The first block's forward is the chain, and the others hand on what they get, which has to be what the chain made.
-    Where the parent does no more than call its children in turn, they do so in the parent's forward only: whoever
-    goes through the blocks by himself, for what is between them, gets an error.
 
     Args:
         found: the run.
@@ -29,77 +43,61 @@ class Installed:
     """
 
     def __init__(self, found: Found, chain: Callable[[Tensor], Tensor]) -> None:
-        self.found, self.chain = found, chain
+        self.chain = chain
+        self.message = (
+            f"The blocks from {found.paths[0]} to {found.paths[-1]} are a reversible chain and run as one: each is "
+            "called with what the block before it returned, and with nothing else. For features from inside of the "
+            "chain, checkpoints or layer drop leave blocks out by the chains of make_reversible; restore() gives the "
+            "original model back."
+        )
         self.blocks = [found.parent.get_submodule(name) for name in found.names]
         for path, block in zip(found.paths, self.blocks, strict=True):
             _check(path, block)
-        self.output: Callable[[], Tensor | None] = lambda: None
-        self.projections = [
-            (unit.module, unit.slot, getattr(unit.module, unit.slot)) for unit in found.units if unit.slot
-        ]
+        slots = [(unit.module, unit.slot) for unit in found.units if unit.slot]
+        self.projections = [(module, slot, getattr(module, slot)) for module, slot in slots]
         for module, slot, _ in self.projections:
             setattr(module, slot, Shortcut())
-        self.inside, self.of_parent = False, found.parent.forward
-        self.before = found.parent.__dict__.get("forward")
-        other_run = isinstance(getattr(self.before, "__self__", None), Installed)
-        self.in_parent = runs_its_children(found.parent) and (self.before is None or other_run)
-        if self.in_parent:
-            found.parent.__dict__["forward"] = self.forward_of_parent
-        for block in self.blocks:
-            block.__dict__["forward"] = self.first if block is self.blocks[0] else self.other
+        for index, block in enumerate(self.blocks):
+            block.__dict__["forward"] = partial(self.call, index)
 
     def remove(self) -> None:
-        """All is as it was; of two runs of one parent the later is removed first."""
+        """All is as it was."""
         for block in self.blocks:
             del block.__dict__["forward"]
-        if self.in_parent:
-            del self.found.parent.__dict__["forward"]
-            if self.before is not None:
-                self.found.parent.__dict__["forward"] = self.before
         for module, slot, projection in self.projections:
             setattr(module, slot, projection)
 
-    def forward_of_parent(self, *args: Any, **kwargs: Any) -> Any:
-        """As ever; the blocks know that they are called from here."""
-        self.inside = True
-        try:
-            return self.of_parent(*args, **kwargs)
-        finally:
-            self.inside = False
-
-    def first(self, x: Tensor, **others: Any) -> Tensor:
-        """What the last block returns."""
-        if (self.in_parent and not self.inside) or not self.are_defaults(others):
-            self.refuse()
-        output = self.chain(x)
-        self.output = weakref.ref(output)
-        return output
-
-    def other(self, x: Tensor, **others: Any) -> Tensor:
-        """What the block gets, if the chain made it."""
-        expected = x is self.output() and (self.inside or not self.in_parent) and self.are_defaults(others)
-        if not expected:
-            self.refuse()
-        return x
-
-    def are_defaults(self, arguments: dict[str, Any]) -> bool:
-        """True if arguments beside x are what the blocks' forward has for them anyway."""
-        known = inspect.signature(type(self.blocks[0]).forward).parameters
-        return all(name in known and value is known[name].default for name, value in arguments.items())
-
-    def refuse(self) -> NoReturn:
-        """Of a block that is called by itself.
+    def call(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the block of this number.
 
         Raises:
-            RuntimeError: always.
+            RuntimeError: it is called with something else than the block before it returned, or with more than that.
         """
-        first, last = self.found.paths[0], self.found.paths[-1]
-        raise RuntimeError(
-            f"A block of the reversible chain from {first} to {last} was called by itself, with something else than "
-            "the block before it returned, or with more than that; the blocks run as one. For features from inside of "
-            "the chain leave those blocks out of it, by the chains of make_reversible; restore() gives the original "
-            "model back."
-        )
+        x = self._input(index, args, kwargs)
+        if not index:
+            output = self.chain(x) if isinstance(x, Tensor) else self._refuse()
+        else:
+            before = isinstance(x, InsideOfChain) and x.at == index - 1 and x.message is self.message
+            output = x.output if before else self._refuse()
+        last = index == len(self.blocks) - 1
+        return output if last else InsideOfChain(output, index, self.message)
+
+    def _input(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a block is called with, if all else is what its forward has for it anyway."""
+        if len(args) == 1 and not kwargs:
+            return args[0]
+        signature = inspect.signature(type(self.blocks[index]).forward)
+        try:
+            given = signature.bind(self.blocks[index], *args, **kwargs).arguments
+        except TypeError:
+            self._refuse()
+        _, x, *others = given
+        if any(given[name] is not signature.parameters[name].default for name in others):
+            self._refuse()
+        return given[x]
+
+    def _refuse(self) -> NoReturn:
+        raise RuntimeError(self.message)
 
 
 def _check(path: str, block: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,9 +21,8 @@ class Unit:
         module: what has the parameters.
         g: what is computed.
         slot: the name of the module's submodule for its shortcut, if `g` puts alpha there.
-        rectified: the block ends in an activation.
+        rectified: the block ends in an activation with a kink.
         compiled: G as torch.compile made it, if it was called.
-        looked_at: True once a forward was seen to change nothing that a second one would change again.
     """
 
     path: str
@@ -32,7 +31,6 @@ class Unit:
     slot: str | None = None
     rectified: bool = False
     compiled: G | None = None
-    looked_at: bool = field(default=False, repr=False)
 
     def __call__(self, x: Tensor, alpha: Tensor) -> Tensor:
         """G(x)."""
@@ -42,53 +40,34 @@ class Unit:
         """G(x), if it can be computed again and added to the second stream.
 
         Raises:
-            ValueError: it has another shape than x, or the block writes to its input or to a buffer that is no running
-                statistic.
+            ValueError: it is no tensor of the shape of x, or the block writes to its input.
         """
-        version, buffers = x._version, {} if self.looked_at else self._versions()
+        version = None if x.is_inference() else x._version
         found = self(x, alpha)
-        if found.shape != x.shape:
+        if not isinstance(found, Tensor) or found.shape != x.shape:
+            made = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(
-                f"make_reversible: {self.path} makes {tuple(found.shape)} of {tuple(x.shape)}, but a block of a chain "
-                "keeps the shape. Leave it out of the chain: it stays an ordinary block."
+                f"make_reversible: {self.path} makes {made} of {tuple(x.shape)}, but a block of a chain keeps the "
+                "shape. Leave it out of the chain: it stays an ordinary block."
             )
-        if x._version != version:
+        if version is not None and x._version != version:
             raise ValueError(
                 f"make_reversible: {self.path} modifies its input in place, which backward could not rebuild. Set "
                 "inplace=False on its first activation, or leave it out of the chain."
             )
-        written = [name for name, before in buffers.items() if self._versions()[name] != before]
-        if written:
-            raise ValueError(
-                f"make_reversible: {self.path} writes to its buffer {written[0]} in forward, which backward would do "
-                "a second time. Leave it out of the chain."
-            )
-        self.looked_at = True
         return found
 
-    def trained(self) -> list[nn.Parameter]:
-        """The parameters that want a gradient."""
-        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
-    def _versions(self) -> dict[str, int]:
-        return {
-            f"{path}.{name}".lstrip("."): buffer._version
-            for path, module in self.module.named_modules()
-            if not hasattr(module, "track_running_stats")
-            for name, buffer in module.named_buffers(recurse=False)
-        }
-
-
-def own_forward(module: nn.Module, x: Tensor) -> Tensor:
+def own_forward(module: nn.Module, x: Tensor) -> Any:
     """What the module's class computes: its forward itself is the chain's."""
-    found: Tensor = type(module).forward(module, x)
-    return found
+    return type(module).forward(module, x)
 
 
 def whole(module: nn.Module, x: Tensor, alpha: Tensor) -> Tensor:
     """Of any residual block: what it makes of x, with x taken off (1 - alpha) times."""
-    found = own_forward(module, x)
-    return found + (alpha - 1) * x if found.shape == x.shape else found
+    found: Tensor = own_forward(module, x)
+    fits = isinstance(found, Tensor) and found.shape == x.shape
+    return found + (alpha - 1) * x if fits else found
 
 
 class Shortcut(nn.Module):
@@ -101,15 +80,24 @@ class Shortcut(nn.Module):
         return x if self.alpha is None else self.alpha * x
 
 
-def with_shortcut(slot: str) -> G:
+@dataclass(frozen=True)
+class WithShortcut:
     """Of a block that adds what its submodule `slot` makes of x: relu(f(x) + alpha * x), or without the relu."""
 
-    def g(module: nn.Module, x: Tensor, alpha: Tensor) -> Tensor:
-        shortcut = getattr(module, slot)
-        shortcut.alpha = alpha
-        try:
-            return own_forward(module, x)
-        finally:
-            shortcut.alpha = None
+    slot: str
 
-    return g
+    def __call__(self, module: nn.Module, x: Tensor, alpha: Tensor) -> Tensor:
+        """G(x); alpha stays where it is, as threads that run one model at a time have one alpha."""
+        getattr(module, self.slot).alpha = alpha
+        return own_forward(module, x)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Of a block that has its F as a function of its own."""
+
+    f: Callable[[Any, Tensor], Tensor]
+
+    def __call__(self, module: nn.Module, x: Tensor, alpha: Tensor) -> Tensor:
+        """G(x)."""
+        return self.f(module, x) + alpha * x

@@ -31,7 +31,7 @@ def input_of(after: Tensor, beta: float) -> Tensor:
 
 def second_of(after: Tensor, g: Tensor) -> Tensor:
     """The y before the block, of its x' and of G(x)."""
-    return after - g
+    return after - g.to(after.dtype)
 
 
 def start(x: Tensor, beta: float) -> Streams:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterable, Sequence
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -15,11 +14,11 @@ from torch import nn
 from convbn_compile._wrapped import check_module, unwrapped
 from convbn_compile.reversible._chain import Chain
 from convbn_compile.reversible._chains import Found, find, named
+from convbn_compile.reversible._compiled import compile_units
 from convbn_compile.reversible._gradients import gradients, relative_difference
 from convbn_compile.reversible._installed import Installed
 from convbn_compile.reversible._segment import Coefficients
-from convbn_compile.reversible._unit import G
-from convbn_compile.reversible.precision import JUMP, LARGEST_ERROR, TOLERANCE, longest, predicted_error
+from convbn_compile.reversible.precision import LARGEST_ERROR, longest, predicted_error
 
 logger = logging.getLogger("convbn_compile")
 
@@ -114,55 +113,53 @@ class Reversible:
     def set(self, alpha: float, beta: float) -> None:
         """Other coefficients, from the next forward on: between optimizer steps. Backward has those of its forward.
 
+        Args:
+            alpha: of the residual connections that the pretrained network has.
+            beta: of the second ones.
+
         Raises:
             TypeError: one is no number.
             ValueError: one is below 0 or not finite.
         """
         self.coefficients = coefficients_of(alpha, beta)
+        self._warned = False
 
     def compile(self, **kwargs: Any) -> None:
         """Compile every block, with batch norm folded inside of it, for forward and for what backward computes again.
 
-        The rest of the model is for torch.compile(model) or turn_on(model), whose graph breaks once at each chain.
+        The rest of the model is for torch.compile(model) or turn_on(model), whose graph breaks at each chain.
 
         Args:
             kwargs: of torch.compile; the backend is convbn_tune unless they say otherwise.
         """
-        alike: dict[Any, G] = {}
-        for unit in (unit for chain in self._chains for unit in chain.units):
-            kind = (unit.g, str(unit.module))
-            if kind not in alike:
-                alike[kind] = torch.compile(_apart(unit.g, len(alike)), **{"backend": "convbn_tune", **kwargs})
-            unit.compiled = alike[kind]
+        compile_units([unit for chain in self._chains for unit in chain.units], **{"backend": "convbn_tune", **kwargs})
 
-    def lengths(self, chain: Chain, dtype: torch.dtype, computed_in: torch.dtype) -> list[int]:
+    def lengths(self, chain: Chain, dtype: torch.dtype, *, low_precision: bool) -> list[int]:
         """How many units of a chain are rebuilt in a row, from anchor to anchor.
 
         Args:
             chain: one of them.
             dtype: of the streams.
-            computed_in: of what is inside of the blocks.
+            low_precision: the blocks compute in 16 bits.
         """
-        units = len(chain.units)
-        every = self._every(chain, dtype, computed_in)
-        lengths = [every] * (units // every) + [units % every] * (units % every > 0)
-        error = predicted_error(self.alpha, self.beta, lengths[0], dtype, computed_in)
+        kind = {"rectified": chain.rectified, "low_precision": low_precision}
+        units, every = len(chain.units), self._every(chain, dtype, **kind)
+        error = predicted_error(self.alpha, self.beta, every, dtype, **kind)
         if error > LARGEST_ERROR and not self._warned:
             self._warned = True
             warnings.warn(
-                f"make_reversible: {lengths[0]} blocks in a row at alpha = {self.alpha:g}, beta = {self.beta:g} in "
-                f"{computed_in} predict a relative error of {error:.0e} in gradients, above {LARGEST_ERROR:g}. Use "
+                f"make_reversible: {every} blocks in a row at alpha = {self.alpha:g}, beta = {self.beta:g} in {dtype} "
+                f"predict a relative error of {error:.0e} in gradients, above {LARGEST_ERROR:g}. Use "
                 'anchor_every="auto" or a smaller number, a larger beta, or float32.',
                 stacklevel=2,
             )
-        return lengths
+        return [every] * (units // every) + [units % every] * (units % every > 0)
 
-    def _every(self, chain: Chain, dtype: torch.dtype, computed_in: torch.dtype) -> int:
+    def _every(self, chain: Chain, dtype: torch.dtype, **kind: bool) -> int:
         units = len(chain.units)
         if isinstance(self.anchor_every, int):
             return min(self.anchor_every, units)
-        tolerance = TOLERANCE / JUMP if chain.rectified else TOLERANCE
-        most = longest(self.alpha, self.beta, dtype, computed_in, tolerance)
+        most = longest(self.alpha, self.beta, dtype, **kind)
         return units if self.anchor_every is None or most is None else min(units, most)
 
     def gradient_error(self, *inputs: Any, **kwargs: Any) -> float:
@@ -177,7 +174,12 @@ class Reversible:
 
         Returns:
             ‖difference‖ / ‖gradient‖ over all parameters together.
+
+        Raises:
+            ValueError: no parameter requires grad, beta is 0, or restore() was called.
         """
+        if not self._installed:
+            raise ValueError("gradient_error: restore() gave the original model back, which is not reversible.")
         found = []
         for self.ordinary in (True, False):
             try:
@@ -200,9 +202,12 @@ class Reversible:
     def __str__(self) -> str:
         rows = []
         for chain in self._chains:
-            every = self._every(chain, torch.float32, torch.float32)
-            error = f"{predicted_error(self.alpha, self.beta, every):.0e}" if self.beta else ""
-            rows.append([f"{chain.paths[0]} to {chain.paths[-1]}", len(chain.units), every, error])
+            row = [f"{chain.paths[0]} to {chain.paths[-1]}", str(len(chain.units))]
+            if self.beta:
+                every = self._every(chain, torch.float32, rectified=chain.rectified)
+                error = predicted_error(self.alpha, self.beta, every, rectified=chain.rectified)
+                row += [str(every), f"{error:.0e}"]
+            rows.append(row)
         title = f"alpha = {self.alpha:g}, beta = {self.beta:g}"
         return f"{title}\n{tabulate(rows, headers=('chain', 'F', 'anchor every', 'error predicted, float32'))}"
 
@@ -216,10 +221,21 @@ class Reversible:
             raise
 
 
-def _apart(function: Any, number: int) -> G:
-    """The function with code of its own: Dynamo's limit of recompiles, which is for each code, counts no other's."""
-    code = function.__code__.replace(co_name=f"{function.__name__}_{number}")
-    return FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+def handle_of(model: nn.Module) -> Reversible:
+    """The handle of a reversible model, such as a copy of one, which has its own.
+
+    Args:
+        model: what make_reversible was called on, or a copy of it.
+
+    Raises:
+        ValueError: the model is not reversible.
+    """
+    handle = unwrapped(model).__dict__.get(_HANDLE)
+    if handle is None:
+        raise ValueError(
+            "handle_of: the model is not reversible. make_reversible(model) makes it so, and returns its handle."
+        )
+    return handle  # type: ignore[no-any-return]
 
 
 def coefficients_of(alpha: Any, beta: Any) -> Coefficients:

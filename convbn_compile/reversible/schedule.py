@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from convbn_compile.reversible.handle import Reversible
+from convbn_compile.reversible.handle import Reversible, coefficients_of
 
 LINEAR, CONTROLLED = "linear", "controlled"
 ERROR = 1e-7
@@ -71,12 +72,17 @@ class CoefficientSchedule:
             raise TypeError(f"handle must be what make_reversible returns, got {handle!r} ({type(handle).__name__}).")
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise ValueError(f"total_steps must be an int of at least 1, got {total_steps!r}.")
+        for name, value in (("until", until), ("tolerance", tolerance), ("error", error)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}.")
         if not 0 < until <= 1:
             raise ValueError(f"until must be a share of the steps in (0, 1], got {until!r}.")
         if schedule not in (LINEAR, CONTROLLED):
             raise ValueError(f'schedule must be "linear" or "controlled", got {schedule!r}.')
-        if min(end) < 0 or end[1] == 0:
-            raise ValueError(f"end must be (alpha, beta), alpha at least 0 and beta above it, got {end!r}.")
+        if not isinstance(end, (tuple, list)) or len(end) != 2:
+            raise ValueError(f"end must be a pair (alpha, beta), got {end!r}.")
+        if not coefficients_of(*end).beta:
+            raise ValueError(f"end must have a beta above 0, got {end!r}.")
         self.handle, self.schedule, self.tolerance, self.error = handle, schedule, tolerance, error
         self.start, self.end = (handle.alpha, handle.beta), (float(end[0]), float(end[1]))
         self.moving_steps = max(1, round(total_steps * until))
@@ -105,15 +111,17 @@ class CoefficientSchedule:
     def _may_move(self, loss: float | Tensor | None, batch: Any) -> bool:
         if loss is None:
             raise ValueError('A schedule="controlled" needs the loss of each step: step(loss).')
-        now = float(loss)
+        now = float(loss.detach() if isinstance(loss, Tensor) else loss)
+        if not math.isfinite(now):  # a step that a gradient scaler skips
+            return False
         self.mean_loss = now if self.mean_loss is None else SMOOTH * self.mean_loss + (1 - SMOOTH) * now
         self.lowest_loss = min(self.lowest_loss, self.mean_loss)
-        if batch is not None:
+        if batch is not None and self.moved < self.moving_steps:
             error = self.handle.gradient_error(*(batch if isinstance(batch, tuple) else (batch,)))
             self.arrived = error <= self.error
             if error > 100 * self.error:
                 return True
-        return not self.arrived and self.mean_loss <= (1 + self.tolerance) * self.lowest_loss
+        return not self.arrived and self.mean_loss <= self.lowest_loss + self.tolerance * abs(self.lowest_loss)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, alpha and beta among it."""
@@ -122,6 +130,9 @@ class CoefficientSchedule:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; the handle's coefficients are set.
+
+        Args:
+            state: of state_dict().
 
         Raises:
             ValueError: it is no schedule's.

@@ -9,7 +9,7 @@ import torch
 from reversible.nets import NETS, UNITS, Residual, image, make, mlp
 from torch import nn
 
-from convbn_compile.reversible import make_reversible
+from convbn_compile.reversible import handle_of, make_reversible
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -128,11 +128,19 @@ def test_blocks_that_are_named(chain):
 def test_a_chain_is_not_what_someone_else_goes_through():
     collects = Loop([Residual(mlp()) for _ in range(3)], collects=True).double()
     make_reversible(collects, chains=["blocks"])
-    with pytest.raises(RuntimeError, match="from blocks.0 to blocks.2 was called by itself"):
+    with pytest.raises(RuntimeError, match="from blocks.0 to blocks.2 are a reversible chain and run as one.*clone of"):
         collects(rows())
+    early = Loop([Residual(mlp()) for _ in range(3)]).double()
+    make_reversible(early, chains=["blocks"])
+    with pytest.raises(RuntimeError, match="are a reversible chain and run as one"):
+        _ = early.blocks[1](early.blocks[0](rows())).shape
+    with pytest.raises(RuntimeError, match="are a reversible chain and run as one"):
+        early.blocks[1](rows())
+    with pytest.raises(RuntimeError, match="are a reversible chain and run as one"):
+        early.blocks[2](early.blocks[0](rows()))
     net = make("timm ViT")
     make_reversible(net)
-    with pytest.raises(RuntimeError, match="For features from inside of the chain leave those blocks out"):
+    with pytest.raises(TypeError, match="InsideOfChain"):
         net.forward_intermediates(image())
 
 
@@ -154,7 +162,7 @@ def test_arguments_beside_x_are_at_their_defaults(rate, right):
     if right:
         assert handle.gradient_error(x) <= 1e-9
     else:
-        with pytest.raises(RuntimeError, match="or with more than that"):
+        with pytest.raises(RuntimeError, match="are a reversible chain and run as one"):
             net(x)
 
 
@@ -164,8 +172,8 @@ def test_two_chains_of_one_parent():
     wanted = net(x)
     handle = make_reversible(net, chains=[["0", "1"], ["3", "4", "5"]])
     assert handle.gradient_error(x) <= 1e-9
-    with pytest.raises(RuntimeError, match="from 0 to 1 was called by itself"):
-        net[0](x)
+    with pytest.raises(RuntimeError, match="from 0 to 1 are a reversible chain"):
+        net[1](x)
     handle.restore()
     assert torch.equal(net(x), wanted)
 
@@ -225,6 +233,9 @@ def test_backward_at_beta_0():
         ({"chains": [["0", "2"]]}, ValueError, "the blocks of a chain follow each other"),
         ({"chains": [["0", "1.f"]]}, ValueError, "blocks of a chain are children of one module"),
         ({"chains": [["0", "1"], ["1", "2"]]}, ValueError, "chains has 1 twice"),
+        ({"chains": "blocks"}, TypeError, "chains is a list, such as [\"layer3\"], got 'blocks'"),
+        ({"chains": []}, ValueError, "chains is empty"),
+        ({"chains": ["", ["1.f.0", "1.f.1"]]}, ValueError, "1.f.0 is inside of 1, which is a block of a chain itself"),
         ({}, ValueError, "found no two residual blocks of one shape in a row in Sequential"),
     ],
 )
@@ -252,4 +263,56 @@ def test_more_errors():
 def test_the_table():
     printed = str(make_reversible(make("torchvision ResNet")))
     assert printed.startswith("alpha = 1, beta = 0.125")
-    assert re.search(r"layer3.1 to layer3.3 +3 +2 +6e-07", printed)
+    assert re.search(r"layer3.1 to layer3.3 +3 +2 +6e-05", printed)
+
+
+def test_a_block_that_is_there_twice():
+    first, second = Residual(mlp()), Residual(mlp())
+    with pytest.raises(ValueError, match="chains has 2 twice"):
+        make_reversible(nn.Sequential(first, second, first), chains=[""])
+
+
+def test_a_copy_has_a_handle_of_its_own():
+    net = make("torchvision ResNet")
+    handle = make_reversible(net)
+    average = torch.optim.swa_utils.AveragedModel(net)
+    handle.set(0.3, 0.7)
+    copied = handle_of(average.module)
+    assert (copied.alpha, copied.beta) == (1.0, 0.125)
+    copied.set(handle.alpha, handle.beta)
+    x = image()
+    assert torch.equal(average(x), net(x))
+    with pytest.raises(ValueError, match="handle_of: the model is not reversible"):
+        handle_of(make("torchvision ResNet"))
+
+
+def test_a_reversible_model_is_pickled():
+    net = make("timm ViT")
+    make_reversible(net, 0.3, 0.7)
+    x = image()
+    assert torch.equal(pickle.loads(pickle.dumps(net))(x), net(x))
+
+
+def test_gradient_error_leaves_no_trace():
+    net = make("torchvision ResNet").train()
+    handle, x = make_reversible(net), image()
+    loss = net(x).sum()
+    state, generator = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    handle.gradient_error(x)
+    assert all(torch.equal(before, net.state_dict()[name]) for name, before in state.items())
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(parameter.grad is None for parameter in net.parameters())
+    loss.backward()  # the graph from before is good
+    with pytest.raises(RuntimeError):
+        handle.gradient_error(x[:, :2])
+    assert all(torch.equal(before, net.state_dict()[name]) for name, before in state.items())
+    net.requires_grad_(requires_grad=False)
+    with pytest.raises(ValueError, match="needs a parameter that requires grad"):
+        handle.gradient_error(x)
+    handle.restore()
+    with pytest.raises(ValueError, match="gave the original model back"):
+        handle.gradient_error(x)
+
+
+def test_the_table_at_beta_0():
+    assert "layer3.1 to layer3.3" in str(make_reversible(make("torchvision ResNet"), beta=0.0))

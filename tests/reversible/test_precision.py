@@ -48,8 +48,17 @@ def test_errors_saturate():
 
 
 def test_autocast_counts_but_for_one_block():
-    assert predicted_error(1.0, 0.125, 1, computed_in=torch.bfloat16) < 1e-7
-    assert predicted_error(1.0, 0.125, 2, computed_in=torch.bfloat16) > 1e-2
+    assert predicted_error(1.0, 0.125, 1, low_precision=True) < 1e-7
+    assert predicted_error(1.0, 0.125, 2, low_precision=True) > 1e-5
+    assert predicted_error(1.0, 0.125, 2, low_precision=True, rectified=True) > 1e-3
+    assert predicted_error(0.0, 1.0, 24, low_precision=True, rectified=True) < 1e-7
+
+
+def test_what_cannot_be_predicted():
+    with pytest.raises(ValueError, match="beta must be above 0, for the inverse divides by it, got 0"):
+        predicted_error(1.0, 0, 3)
+    with pytest.raises(ValueError, match="blocks must be 0 or more, got -1"):
+        predicted_error(1.0, 0.5, -1)
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.125), (0.75, 0.25), (0.5, 0.5), (0.3, 0.7)])

@@ -55,6 +55,28 @@ def test_a_controlled_one_stops_where_gradients_are_exact_enough(handle):
     assert schedule.moved == 0
 
 
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_step_without_a_loss_holds_up_one_step(handle, loss):
+    schedule = CoefficientSchedule(handle, 20, schedule="controlled")
+    for value in (1.0, loss, 1.0):
+        schedule.step(torch.tensor(value, requires_grad=True))
+    assert schedule.moved == 2
+
+
+def test_losses_below_0(handle):
+    schedule = CoefficientSchedule(handle, 20, schedule="controlled")
+    for step in range(4):
+        schedule.step(-1.0 - step)
+    assert schedule.moved == 4
+
+
+def test_nothing_is_measured_at_the_end(handle):
+    schedule = CoefficientSchedule(handle, 1, schedule="controlled")
+    schedule.step(1.0)
+    handle.gradient_error = None
+    schedule.step(1.0, batch=torch.zeros(1))
+
+
 def test_a_checkpoint(handle):
     schedule = CoefficientSchedule(handle, 20, schedule="controlled")
     for _ in range(3):
@@ -73,7 +95,11 @@ def test_a_checkpoint(handle):
     [
         ({"total_steps": 0}, "total_steps must be an int of at least 1, got 0"),
         ({"until": 0.0}, "until must be a share of the steps in (0, 1], got 0.0"),
-        ({"end": (0.3, 0.0)}, "end must be (alpha, beta), alpha at least 0 and beta above it"),
+        ({"end": (0.3, 0.0)}, "end must have a beta above 0, got (0.3, 0.0)."),
+        ({"end": (0.3,)}, "end must be a pair (alpha, beta), got (0.3,)."),
+        ({"end": (float("nan"), 0.7)}, "alpha must be a finite number of at least 0, got nan"),
+        ({"tolerance": -1.0}, "tolerance must be a finite number of at least 0, got -1.0"),
+        ({"until": "x"}, "until must be a finite number of at least 0, got 'x'"),
         ({"schedule": "cosine"}, 'schedule must be "linear" or "controlled", got \'cosine\''),
     ],
 )

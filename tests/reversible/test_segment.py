@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torchvision
-from reversible.nets import chain_of, image, make, resnet_of
+from reversible.nets import Residual, chain_of, image, make, resnet_of
 from support import randomise
 from torch import nn
 from torchvision.models import resnet
@@ -120,6 +120,118 @@ def test_backward_has_the_coefficients_of_its_forward():
     assert_alike({name: p.grad for name, p in net.named_parameters()}, step(twin, x))
 
 
+def test_hooks_of_parameters_run_once():
+    _, net, twin = both(make("torchvision ResNet"))
+    calls = []
+    for model in (net, twin):
+        model.layer3[1].conv1.weight.register_hook(lambda gradient: calls.append(1) or 2 * gradient)
+    x = image()
+    assert_alike(step(net, x), step(twin, x))
+    assert len(calls) == 2
+
+
+def test_weights_that_are_written_to_before_backward():
+    """As autograd has it."""
+    _, net, _ = both(make("torchvision ResNet"))
+    loss = net(image()).sum()
+    with torch.no_grad():
+        net.layer3[1].conv1.weight.add_(0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_parameters_that_are_given():
+    """torch.func.functional_call: backward computes again with what forward had."""
+    _, net, twin = both(make("torchvision ResNet"))
+    x, given = image(), [{}, {}]
+    for model, tensors in zip((net, twin), given, strict=True):
+        for name, parameter in model.named_parameters():
+            tensors[name] = (1.1 * parameter.detach()).requires_grad_()
+        torch.func.functional_call(model, tensors, x).square().sum().backward()
+    assert_alike(*({name: tensor.grad for name, tensor in tensors.items()} for tensors in given))
+
+
+def test_modes_that_change_before_backward():
+    """Backward computes again in the mode of forward."""
+    _, net, twin = both(make("torchvision ResNet").train())
+    x = image()
+    for model in (net, twin):
+        loss = model(x).square().sum()
+        model.eval()
+        loss.backward()
+        assert not model.training and not model.layer3[1].bn1.training
+    assert_alike(*({name: p.grad for name, p in model.named_parameters()} for model in (net, twin)))
+
+
+def test_what_requires_grad_may_change_before_backward():
+    _, net, twin = both(make("torchvision ResNet"))
+    x = image()
+    loss = net(x).square().sum()
+    net.layer3[1].requires_grad_(requires_grad=False)
+    loss.backward()
+    found, wanted = {name: p.grad for name, p in net.named_parameters()}, step(twin, x)
+    assert_alike(*({name: grad for name, grad in each.items() if "layer3.1" not in name} for each in (found, wanted)))
+
+
+def test_statistics_of_instance_norm():
+    def norm():
+        return nn.InstanceNorm1d(3, affine=True, track_running_stats=True)
+
+    net = nn.Sequential(*(Residual(nn.Sequential(nn.Conv1d(3, 3, 1), norm())) for _ in range(3))).double()
+    _, net, twin = both(net, alpha=0.3, beta=0.7, chains=[""])
+    x = torch.randn(2, 3, 5, dtype=torch.float64)
+    assert_alike(step(net, x), step(twin, x))
+    for found, wanted in zip(net.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_spectral_norm_in_training_is_refused_whenever_it_comes():
+    net = nn.Sequential(*(Residual(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3))) for _ in range(2)))
+    make_reversible(net.eval(), chains=[""])
+    x = torch.randn(4, 3)
+    net(x).sum().backward()
+    with pytest.raises(ValueError, match="0 writes to its buffer f.parametrizations.weight.0._u"):
+        net.train()(x)
+
+
+def test_a_buffer_that_is_replaced():
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(3))
+
+        def forward(self, x):
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+            return x + self.mean
+
+    net = nn.Sequential(Mean(), Mean())
+    make_reversible(net, chains=[""])
+    with pytest.raises(ValueError, match="0 writes to its buffer mean"):
+        net(torch.randn(4, 3, requires_grad=True))
+
+
+def test_a_block_that_is_wider_than_the_streams():
+    class Scaled(Residual):
+        def __init__(self):
+            super().__init__(nn.Linear(3, 3))
+            self.gamma = nn.Parameter(torch.rand(3, dtype=torch.float64))
+
+        def forward(self, x):
+            return x + self.gamma * self.f(x)
+
+    handle = make_reversible(nn.Sequential(Scaled(), Scaled(), Scaled()), 0.3, 0.7, chains=[""])
+    assert handle.gradient_error(torch.randn(4, 3)) < 1e-5
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_devices(device):
+    with torch.device(device):
+        net = nn.Sequential(*(Residual(nn.Linear(3, 3)) for _ in range(3)))
+        make_reversible(net, 0.3, 0.7, chains=[""])
+        net(torch.randn(4, 3)).sum().backward()
+    assert net[0].f.weight.grad.device.type == device
+
+
 def test_no_second_derivatives():
     net = make("torchvision ResNet")
     make_reversible(net)
@@ -133,7 +245,7 @@ def test_autocast_has_float32_streams():
     handle, net, twin = both(make("torchvision ResNet").float())
     x = image().float()
     with torch.autocast("cpu", torch.bfloat16):
-        assert handle.lengths(handle._chains[1], torch.float32, torch.bfloat16) == [1, 1, 1]
+        assert handle.lengths(handle._chains[1], torch.float32, low_precision=True) == [1, 1, 1]
         assert net(x).dtype == twin(x).dtype
         outputs = [model(x).float().square().sum() for model in (net, twin)]
     for output in outputs:
