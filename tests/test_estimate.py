@@ -192,6 +192,11 @@ class Uncopied(nn.Conv2d):
         ),
         (lambda: nn.Sequential(nn.LazyConv2d(4, 3)), {}, "but 0.weight is lazy: call the model once before."),
         (small, {"memory_budget": 2}, "memory_budget must be a number in (0, 1], or 'pointwise'"),
+        (
+            small,
+            {"memory_budget": 0.5, "options": {"memory_budget": 1.0}},
+            "memory_budget is given twice: 0.5, and 1.0 in options. Give one.",
+        ),
         (small, {"mode": "tunes"}, "Unknown mode 'tunes'. Did you mean 'tune'?"),
         (small, {"options": {"foldd": "auto"}}, "Unknown option: 'foldd'"),
     ],
@@ -208,6 +213,10 @@ def test_autocast_on_meta():
 
 
 def test_no_module():
+    with pytest.raises(
+        TypeError, match=re.escape("options must be a dict such as {'merge_branches': False}, got [1].")
+    ):
+        cb.estimate_memory(small(), torch.zeros(1, 3, 8, 8), options=[1])
     with pytest.raises(TypeError, match=re.escape("estimate_memory needs a torch.nn.Module, got 1 (int).")):
         cb.estimate_memory(1)
 
