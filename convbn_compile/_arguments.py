@@ -43,9 +43,9 @@ def listed(
         raise ValueError(f"{name}: there is none. Give {example}, or leave the argument out; got {shown(values)}.")
     found = tuple(located(f"{name}[{index}]", check, value) for index, value in enumerate(values))
     keys = [key(value) for value in found]
-    twice = [each for each in keys if keys.count(each) > 1]
-    if twice:
-        raise ValueError(f"{name}: {twice[0]!r} is there twice. Leave one out, got {shown(values)}.")
+    twice = next((value for value, each in zip(values, keys, strict=True) if keys.count(each) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{name}: {twice!r} is there twice. Leave one out, got {shown(values)}.")
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import statistics
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,7 +75,8 @@ class Entrant:
 
     def __init__(self, contest: Contest, contender: Contender) -> None:
         self.contest, self.contender = contest, contender
-        self.caches = contest.caches / contender.name
+        contest.caches.mkdir(parents=True, exist_ok=True)
+        self.caches = Path(tempfile.mkdtemp(dir=contest.caches)) / "caches"
         batch, size = contest.setting.measures((contest.args, contest.kwargs))
         self.row = self.blank = Row(contender.name, contender.label, batch, size, contest.setting.dtype)
         self.step: Step | None = None

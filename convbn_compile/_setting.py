@@ -81,6 +81,11 @@ def dtype_of(name: str) -> torch.dtype:
     return dtype
 
 
+def casts(name: str) -> tuple[torch.dtype, bool]:
+    """What a name comes to: the dtype, and whether autocast casts to it."""
+    return dtype_of(name), name.startswith(AUTOCAST)
+
+
 def known_dtype(name: Any) -> str:
     """The name itself, if dtype_of knows it."""
     dtype_of(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from operator import getitem
 from typing import Any
 
@@ -62,21 +62,22 @@ def replace(old: Node, new: Node) -> None:
     if dtype != wide:
         for user in list(old.users):
             if user.target is convert_element_type and user.args[1] == wide:
-                _reconnect(user, new)
+                reconnect(user.users, user, new)
                 user.graph.erase_node(user)
     if not old.users:
         return
     if dtype != wide:
         new = _cast(new, old)
-    _reconnect(old, new)
+    reconnect(old.users, old, new)
 
 
-def _reconnect(old: Node, new: Node) -> None:
-    """Let every reader of `old` read `new`, and note it if that lies otherwise in memory."""
-    if not same_sizes(value(old).stride(), value(new).stride()):
-        for user in old.users:
-            user.meta[_RESTRIDE] = True
-    old.replace_all_uses_with(new)
+def reconnect(readers: Iterable[Node], old: Node, new: Node) -> None:
+    """Let readers of `old` read `new`, and note it if that lies otherwise in memory."""
+    moved = not same_sizes(value(old).stride(), value(new).stride())
+    for reader in tuple(readers):
+        if moved:
+            reader.meta[_RESTRIDE] = True
+        reader.replace_input_with(old, new)
 
 
 _RESTRIDE = "convbn_compile: an input lies otherwise in memory than this was traced for"

@@ -20,7 +20,7 @@ from convbn_compile import contenders as _contenders
 from convbn_compile._arguments import count, listed, located, named
 from convbn_compile._contest import WARMUPS, Contest
 from convbn_compile._extras import require
-from convbn_compile._setting import Setting, known_dtype
+from convbn_compile._setting import Setting, casts, known_dtype
 from convbn_compile._wrapped import check_module, unwrapped
 from convbn_compile.benchmark import Benchmark, Row
 from convbn_compile.contenders import Contender
@@ -78,7 +78,7 @@ def bench(
     check_module(model, "bench")
     model, kwargs, steps = unwrapped(model), located("kwargs", named, kwargs), located("steps", count, steps)
     chosen = _contenders.contenders(contenders, Options.parse(options={"lowering": lowering}).lowering)
-    reference = _reference(reference, [contender.name for contender in chosen])
+    reference = _reference(reference, chosen)
     settings = _settings(batches, sizes, dtypes)
     device = _device((inputs, kwargs))
     require("psutil", extra="bench")
@@ -94,9 +94,7 @@ def bench(
                 contest = Contest(setting, model, inputs, kwargs, prime, Path(folder) / str(number), tell)
                 rows += contest.rows(chosen, steps=steps, reference=reference)
     arguments = {"contenders": [one.name for one in chosen], "steps": steps, "reference": reference}
-    return Benchmark(
-        {**_machine(device), "model": type(model).__name__, **arguments, "lowering": lowering}, tuple(rows)
-    )
+    return Benchmark({**machine(device), "model": type(model).__name__, **arguments, "lowering": lowering}, tuple(rows))
 
 
 def _tell(bar: Any, setting: Setting, what: str) -> None:
@@ -105,11 +103,13 @@ def _tell(bar: Any, setting: Setting, what: str) -> None:
     bar.update()
 
 
-def _reference(name: str | None, contenders: Sequence[str]) -> str:
+def _reference(name: str | None, contenders: Sequence[Contender]) -> str:
+    """Of those that train, if any does."""
+    names = [one.name for one in contenders if one.backward] or [one.name for one in contenders]
     if name is None:
-        return "inductor" if "inductor" in contenders else contenders[0]
-    if name not in contenders:
-        raise ValueError(f"reference must be one of the contenders, {', '.join(contenders)}; got {name!r}.")
+        return "inductor" if "inductor" in names else names[0]
+    if name not in names:
+        raise ValueError(f"reference must be one of the contenders that train, {', '.join(names)}; got {name!r}.")
     return name
 
 
@@ -117,7 +117,8 @@ def _settings(batches: Any, sizes: Any, dtypes: Any) -> list[Setting]:
     """Each combination; checked."""
     batches = listed("batches", batches, count, example="[8, 32]")
     sizes = listed("sizes", sizes, count, example="[128, 224]")
-    dtypes = listed("dtypes", dtypes, known_dtype, example='["float32", "bfloat16"]', optional=False)
+    example = '["float32", "bfloat16"]'
+    dtypes = listed("dtypes", dtypes, known_dtype, example=example, optional=False, key=casts)
     return [Setting(*each) for each in itertools.product(batches or (None,), sizes or (None,), dtypes)]
 
 
@@ -139,7 +140,7 @@ def _prime(folder: Path, device: torch.device, *, generates: bool) -> Path:
     return prime
 
 
-def _machine(device: torch.device) -> dict[str, Any]:
+def machine(device: torch.device) -> dict[str, Any]:
     """When, where and by which versions."""
     return {
         "date": date.today().isoformat(),

@@ -134,16 +134,31 @@ def fused(model: nn.Module) -> nn.Module:
     """The network with neighbouring convolutions and norms fused by torch.nn.utils.fusion, in place: the limit.
 
     It has other parameters: a folded weight is trained if the convolution's was, and a folded bias if the convolution's
-    was, or, where it had none, the norm's.
+    was, or, where it had none, the norm's. Of timm's norms that have an activation inside, that is what stays.
+
+    Raises:
+        ValueError: a norm of some other class, of which nobody knows what else it does.
     """
     for parent in model.modules():
         last: tuple[str, nn.Conv2d] | None = None
         for name, module in parent.named_children():
             if isinstance(module, nn.BatchNorm2d) and last is not None:
                 setattr(parent, last[0], _fused(last[1], module))
-                setattr(parent, name, nn.Identity())
+                setattr(parent, name, _rest_of(module))
             last = (name, module) if isinstance(module, nn.Conv2d) else None
     return model
+
+
+def _rest_of(norm: nn.BatchNorm2d) -> nn.Module:
+    """What a norm does behind normalising."""
+    if type(norm) is nn.BatchNorm2d:
+        return nn.Identity()
+    rest = [getattr(norm, name, None) for name in ("drop", "act")]
+    if not all(isinstance(module, nn.Module) for module in rest):
+        raise ValueError(
+            f"a {type(norm).__name__} is not fused: it is no BatchNorm2d, and what else it does is unknown"
+        )
+    return nn.Sequential(*rest)  # type: ignore[arg-type]
 
 
 def _fused(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
@@ -201,7 +216,7 @@ def _inplace_abn(model: nn.Module) -> nn.Module:
             if isinstance(module, nn.BatchNorm2d):
                 norm = peer.InPlaceABN(module.num_features, eps=module.eps, activation="identity")
                 norm.load_state_dict(module.state_dict())
-                setattr(parent, name, norm.eval())
+                setattr(parent, name, nn.Sequential(norm.eval(), _rest_of(module)))
             elif hasattr(module, "inplace"):
                 setattr(module, "inplace", False)  # noqa: B010  backward of such a norm needs its output
     return model

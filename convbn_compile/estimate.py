@@ -87,7 +87,7 @@ def estimate_memory(
         3
     """
     check_module(model, "estimate_memory")
-    parsed = Options.parse(mode, {"memory_budget": memory_budget, **(options or {})})
+    parsed = Options.parse(mode, _with_budget(options, memory_budget))
     model = unwrapped(model)
     _check(model)
     lowered = _lowered(model, inputs, kwargs, replace(parsed, lowering=Lowering.AOT_EAGER))
@@ -104,6 +104,17 @@ def estimate_memory(
         gradient_bytes=sum(map(gradient_bytes, lowered)),
         timeline=tuple(timeline),
     )
+
+
+def _with_budget(options: Any, memory_budget: Any) -> dict[str, Any]:
+    """The options, the budget among them."""
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(f"options must be a dict such as {{'merge_branches': False}}, got {options!r}.")
+    if options and "memory_budget" in options and memory_budget != 1.0:
+        raise ValueError(
+            f"memory_budget is given twice: {memory_budget!r}, and {options['memory_budget']!r} in options. Give one."
+        )
+    return {"memory_budget": memory_budget, **(options or {})}
 
 
 def _check(model: nn.Module) -> None:

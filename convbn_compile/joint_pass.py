@@ -107,6 +107,7 @@ def _rewrite(graph: Graph, norms: Sequence[Norm], fold: Fold, *, merge_branches:
     _apply(sign_of_output, graph)
     _apply(crop_of_pad, graph)
     _apply(bits_of_mask, graph)
+    restride(graph)
     save_reads_of(written)
     graph.eliminate_dead_code()
     return report_of(norms, outcomes)

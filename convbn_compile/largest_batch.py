@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ def largest_batch(
         >>> largest_batch(net, torch.empty(1, 3, 226, 226, device="meta"), 2**30)
         25
     """
-    if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, int):
+    if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, Integral):
         raise TypeError(f"budget_bytes must be an int, got {budget_bytes!r} ({type(budget_bytes).__name__}).")
     inputs = tuple(example) if isinstance(example, (tuple, list)) else (example,)
     batch = _batch(inputs)
@@ -61,7 +62,7 @@ def largest_batch(
         estimate = estimate_memory(model, *args, mode=mode, memory_budget=memory_budget, options=options, **named)
         return estimate.peak_bytes
 
-    return _search(bytes_at, batch, budget_bytes)
+    return _search(bytes_at, batch, int(budget_bytes))
 
 
 def _batch(inputs: tuple[Any, ...]) -> int:

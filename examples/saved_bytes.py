@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-from datetime import date
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
+from convbn_compile.bench import machine
 from convbn_compile.contenders import contenders
 from convbn_compile.measure import saved_for_backward
 from convbn_compile.models import declare_torchvision_operators
@@ -68,8 +69,12 @@ def measure(model: nn.Module, shape: tuple[int, ...], lowering: str = "aot_eager
 
 
 def write(file: Path, figures: dict[str, Any], **settings: Any) -> None:
-    """Write figures as JSON, with the settings, the day, the version of torch and the platform."""
-    where = {"date": date.today().isoformat(), "torch": torch.__version__, "platform": platform.platform()}
+    """Write figures as JSON, with the settings, the command, the day, versions and the machine."""
+    script = Path(sys.argv[0])
+    where = {
+        **machine(torch.device("cpu")),
+        "command": shlex.join(["python", f"examples/{script.name}", *sys.argv[1:]]),
+    }
     file.write_text(json.dumps({"configuration": {**where, **settings}, **figures}, indent=2) + "\n")
 
 

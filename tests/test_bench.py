@@ -222,7 +222,7 @@ def test_peak_of_the_process_where_it_can_only_be_watched(monkeypatch, tmp_path)
         ({"contenders": ["tune", "tune"]}, "contenders: 'tune' is there twice. Leave one out, got ['tune', 'tune']"),
         ({"contenders": ["tune", Contender("tune", "mine")]}, "contenders: 'tune' is there twice."),
         ({"contenders": []}, 'contenders: there is none. Give ["inductor", "tune"], or leave the argument out; got []'),
-        ({"reference": "deploy"}, "reference must be one of the contenders, eager; got 'deploy'."),
+        ({"reference": "deploy"}, "reference must be one of the contenders that train, eager; got 'deploy'."),
         ({"dtypes": ["float32", "int8"]}, "dtypes[1]: Unknown dtype 'int8'. Known: float32, bfloat16"),
         ({"dtypes": ["autocast-float64"]}, "only, got 'autocast-float64'. Try autocast-bfloat16."),
         ({"dtypes": []}, "dtypes: there is none."),
@@ -348,6 +348,43 @@ def test_the_network_of_a_contender_computes_what_the_model_does():
     wanted = model(x)
     assert torch.equal(checkpointed(randomised_like(model))(x), wanted)
     torch.testing.assert_close(fused(randomised_like(model))(x), wanted)
+
+
+class WithActivation(nn.BatchNorm2d):
+    """As timm's BatchNormAct2d."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.SiLU()
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+class Doubling(nn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_the_fused_network_keeps_activations_inside_of_norms():
+    model = randomise(
+        nn.Sequential(nn.Conv2d(3, 4, 3), WithActivation(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    ).double()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    wanted = model(x)
+    torch.testing.assert_close(fused(model)(x), wanted)
+    with pytest.raises(ValueError, match="a Doubling is not fused: it is no BatchNorm2d"):
+        fused(nn.Sequential(nn.Conv2d(3, 4, 3), Doubling(4)).eval())
+
+
+def test_a_reference_trains():
+    with pytest.raises(ValueError, match="reference must be one of the contenders that train, tune; got 'deploy'"):
+        bench(net(), torch.zeros(1, 3, 8, 8), contenders=["tune", "deploy"], reference="deploy")
+
+
+def test_one_dtype_of_two_names():
+    with pytest.raises(ValueError, match="dtypes: .* is there twice"):
+        bench(net(), torch.zeros(1, 3, 8, 8), dtypes=["half", "float16"])
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -500,7 +537,7 @@ def test_code_1_if_nothing_could_run(model, tmp_path, capsys):
         (["--batch", "0"], "argument --batch: '0' is no number of 1 or more"),
         (
             ["--reference", "eager", "--contenders", "tune"],
-            "reference must be one of the contenders, tune; got 'eager'.",
+            "reference must be one of the contenders that train, tune; got 'eager'.",
         ),
         (["--device", "abacus"], "argument --device: Expected one of cpu, cuda"),
         (["--out", "bench.txt"], "'bench.txt' does not end in .json"),

@@ -66,20 +66,20 @@ def test_by_hand():
     """Saved is where ReLU let through, a bit for each number; at the peak there are the output, its gradient, and the
     bits as 32-bit numbers and as booleans.
     """
-    net = randomise(nn.Sequential(nn.Conv2d(1, 100, 1, bias=False), nn.BatchNorm2d(100), nn.ReLU()))
+    net = randomise(nn.Sequential(nn.Conv2d(1, 104, 1, bias=False), nn.BatchNorm2d(104), nn.ReLU()))
     estimate = cb.estimate_memory(net, torch.empty(1000, 1, 10, 10, device="meta"))
-    numbers = 1000 * 100 * 10 * 10
+    numbers = 1000 * 104 * 10 * 10
     assert estimate.saved_bytes == numbers // 8
     assert estimate.to_dict() == {
         "saved_bytes": numbers // 8,
         "peak_bytes": estimate.peak_bytes,
-        "parameter_bytes": 4 * 300,
-        "buffer_bytes": 4 * 200 + 8,
+        "parameter_bytes": 4 * 312,
+        "buffer_bytes": 4 * 208 + 8,
         "input_bytes": 4 * 1000 * 10 * 10,
-        "gradient_bytes": 4 * 300,
+        "gradient_bytes": 4 * 312,
     }
     assert estimate.peak_bytes == pytest.approx(numbers * (1 / 8 + 1 + 3 * 4), rel=0.01)
-    assert str(estimate).splitlines()[2].split() == ["saved", "1.19"]
+    assert str(estimate).splitlines()[2].split() == ["saved", "1.24"]
 
 
 def test_far_more_than_fits_into_memory_and_on_every_kind_of_tensor():
@@ -192,6 +192,11 @@ class Uncopied(nn.Conv2d):
         ),
         (lambda: nn.Sequential(nn.LazyConv2d(4, 3)), {}, "but 0.weight is lazy: call the model once before."),
         (small, {"memory_budget": 2}, "memory_budget must be a number in (0, 1], or 'pointwise'"),
+        (
+            small,
+            {"memory_budget": 0.5, "options": {"memory_budget": 1.0}},
+            "memory_budget is given twice: 0.5, and 1.0 in options. Give one.",
+        ),
         (small, {"mode": "tunes"}, "Unknown mode 'tunes'. Did you mean 'tune'?"),
         (small, {"options": {"foldd": "auto"}}, "Unknown option: 'foldd'"),
     ],
@@ -208,6 +213,10 @@ def test_autocast_on_meta():
 
 
 def test_no_module():
+    with pytest.raises(
+        TypeError, match=re.escape("options must be a dict such as {'merge_branches': False}, got [1].")
+    ):
+        cb.estimate_memory(small(), torch.zeros(1, 3, 8, 8), options=[1])
     with pytest.raises(TypeError, match=re.escape("estimate_memory needs a torch.nn.Module, got 1 (int).")):
         cb.estimate_memory(1)
 

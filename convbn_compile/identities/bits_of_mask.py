@@ -10,8 +10,8 @@ what CPUs vectorise. Exact.
 Where a convolution is frozen, its input is saved for the activation before only, and of a ReLU's output only the sign
 matters (8); so it is with an activation before pooling. Inductor then keeps booleans, a byte each, which it reads and
 writes one by one on CPUs.
-Does not apply if: no axis is a multiple of 8; what the mask compares is given, kept for a convolution, read by backward
-otherwise, or computed again by the user's checkpoint.
+Does not apply if: no axis but the batch is a multiple of 8; what the mask compares is given, kept for a convolution,
+read by backward otherwise, or computed again by the user's checkpoint.
 Whether the bits or something else is saved remains the partitioner's choice: they can be made again in backward.
 """
 
@@ -28,7 +28,7 @@ from torch.fx import Node
 
 from convbn_compile import _torch
 from convbn_compile._aten import aten, convert_element_type, is_kept, value
-from convbn_compile._splice import splice
+from convbn_compile._splice import reconnect, splice
 
 
 def before(mask: Tensor) -> Tensor:
@@ -92,15 +92,13 @@ def rewrite(found: Match) -> None:
     (bits,) = splice(partial(pack, axis=found.axis), found.mask, before=place.next, like=place)
     (mask,) = splice(partial(unpack, axis=found.axis), bits, before=min(found.readers))
     assert mask is not None
-    for reader in found.readers:
-        reader.replace_input_with(found.mask, mask)
+    reconnect(found.readers, found.mask, mask)
 
 
 def _axis(mask: Node) -> int | None:
-    """The first axis that eight fit into; the batch last, which may be of any size in the next call."""
+    """The first axis that eight fit into; of the batch, by whose size saved bytes would jump, none."""
     sizes = value(mask).shape
-    fit = (axis for axis in (*range(1, len(sizes)), *range(len(sizes))[:1]) if _torch.is_multiple(sizes[axis], 8))
-    return next(fit, None)
+    return next((axis for axis in range(1, len(sizes)) if _torch.is_multiple(sizes[axis], 8)), None)
 
 
 def _made_by(mask: Node) -> tuple[Node, ...]:

@@ -22,7 +22,7 @@ from torch.fx import Node
 
 from convbn_compile import _torch
 from convbn_compile._aten import aten, bind, is_kept
-from convbn_compile._splice import splice
+from convbn_compile._splice import reconnect, splice
 
 
 def before(input: Tensor, pad: tuple[int, ...]) -> Tensor:  # noqa: ARG001  the two sides take the same
@@ -70,6 +70,4 @@ def rewrite(found: Match) -> None:
     first = min(found.readers)
     (cropped,) = splice(partial(crop, pad=found.pad), found.padded, before=first)
     assert cropped is not None
-    original = bind(found.padded)["self"]
-    for reader in found.readers:
-        reader.replace_input_with(original, cropped)
+    reconnect(found.readers, bind(found.padded)["self"], cropped)

@@ -105,6 +105,27 @@ def test_near_misses(function, size, count):
     assert_as_eager(model, x)
 
 
+def test_the_batch_is_no_axis_of_bits():
+    """What is saved would jump with its size, and largest_batch would not know where it is."""
+    assert packed(Masked(lambda x: torch.where(x > 0.5, x, 3 * x), size=9), double(8, 4))[0] == 0
+
+
+class Permuted(nn.Module):
+    """A mask of what lies otherwise in memory than bits are unpacked to, and views of the gradient behind it."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(6, 128), nn.BatchNorm1d(128) if norm else nn.Identity()
+
+    def forward(self, x):
+        return self.norm(self.linear(x)).view(-1, 8, 4, 4).permute(0, 2, 3, 1).relu().sum(3)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_gradients_that_lie_otherwise_in_memory_are_reshaped(norm):
+    assert_as_eager(randomise(Permuted(norm)).double(), double(8, 6))
+
+
 def test_what_is_given_is_compared_again():
     assert packed(lambda x: torch.where(x > 0, x, 2 * x), double(2, 8))[0] == 0
 

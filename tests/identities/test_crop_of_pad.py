@@ -112,3 +112,20 @@ def test_dynamic_shapes():
     for size in (8, 5):
         x = double(size, 4, 6 + size, 9)
         torch.testing.assert_close(tuned(x), model(x))
+
+
+class Permuted(nn.Module):
+    """What is padded lies otherwise in memory than the copy, and a view of its gradient follows."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.linear, self.activation, self.convolution = nn.Linear(4, 336), activation, nn.Conv2d(6, 5, 3)
+
+    def forward(self, x):
+        y = self.activation(self.linear(x).view(-1, 8, 6, 7).permute(0, 2, 3, 1))
+        return self.convolution(F.pad(y, (1, 1, 1, 1)))
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ELU()], ids=str)
+def test_gradients_that_lie_otherwise_in_memory_are_reshaped(activation):
+    assert_as_eager(randomise(Permuted(activation)).double(), double(2, 4))
