@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 from finetune import Digits, accuracy, adamw, batch_indices, load_digits, load_model
 from matplotlib.figure import Figure
+from saved_bytes import write
 from tabulate import tabulate
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -212,7 +212,7 @@ def main() -> None:
     )
     args.out.mkdir(parents=True, exist_ok=True)
     plot(args.depths, by_depth, args.out / "dr2net.png")
-    (args.out / "dr2net.json").write_text(json.dumps({"torch": torch.__version__, **figures}, indent=2))
+    write(args.out / "dr2net.json", figures, **{**vars(args), "out": str(args.out)})
     print(f"Written: {args.out / 'dr2net.png'}, {args.out / 'dr2net.json'}")
 
 
