@@ -12,7 +12,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:convbn_tune folded no batch norm
 
 
 def test_random_networks():
-    assert fuzz(40, seed=0, progress=False) > 30
+    assert fuzz(24, seed=0, progress=False) > 18
 
 
 @pytest.mark.parametrize("name", ["fold", "_sum", "identity"])

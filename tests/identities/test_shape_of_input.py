@@ -106,7 +106,7 @@ KINDS = {
     "grouped": (nn.Conv2d(8, 8, 3, groups=4), (2, 8, 6, 6)),
     "depthwise, dilated": (nn.Conv2d(8, 8, 3, groups=8, dilation=2), (2, 8, 6, 6)),
     "transposed": (nn.ConvTranspose2d(8, 8, 3, stride=2, groups=2, output_padding=1), (2, 8, 6, 6)),
-    "1d, unbatched": (nn.Conv1d(8, 8, 3), (8, 16)),
+    "1d, unbatched": (nn.Conv1d(8, 8, 3, padding=1), (8, 16)),
     "3d": (nn.Conv3d(8, 8, 3), (2, 8, 5, 5, 5)),
     "an empty batch": (nn.Conv2d(8, 8, 3), (0, 8, 6, 6)),
     "its bias trained": (nn.Conv2d(8, 8, 3), (2, 8, 6, 6)),
