@@ -84,9 +84,13 @@ class State:
 
     def written(self) -> str | None:
         """The path of a buffer that is another now, or was written to; norms' own statistics left out."""
-        now, paths = _versions(self.modes), {module: path for path, module in self.module.named_modules()}
-        written = (key for key, version in self.buffers.items() if now.get(key) != version)
-        return next((f"{paths[module]}.{name}".lstrip(".") for module, name in written), None)
+        now = _versions(self.modes)
+        written = next((key for key, version in self.buffers.items() if now.get(key) != version), None)
+        if written is None:
+            return None
+        module, name = written
+        path = next(path for path, each in self.module.named_modules() if each is module)
+        return f"{path}.{name}".lstrip(".")
 
     @contextlib.contextmanager
     def again(self, tensors: Mapping[Tensor, Tensor]) -> Iterator[None]:
