@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, TypeVar
 
 from torch import nn
@@ -57,8 +57,7 @@ def turn_on(model: Model, mode: str = "tune", *, skip: Collection[str] = (), **o
     _torch.compile_in_place(inner, backend="convbn_tune", options={**options, "mode": mode})
     _release(inner)
     inner.__dict__[_HELD] = [] if parsed.mode is Mode.TRAIN else norms
-    for module in inner.__dict__[_HELD]:
-        _stand_in(module).held += 1
+    hold_batch_norms(inner.__dict__[_HELD])
     return model
 
 
@@ -184,7 +183,18 @@ def _stand_in(module: nn.Module) -> _StayInEval:
 
 def _release(model: nn.Module) -> None:
     """Let go of what turn_on holds."""
-    for module in model.__dict__.pop(_HELD, []):
+    let_go_of_batch_norms(model.__dict__.pop(_HELD, []))
+
+
+def hold_batch_norms(norms: Iterable[nn.Module]) -> None:
+    """Keep batch norms in eval mode through train(), until as many let go of them."""
+    for module in norms:
+        _stand_in(module).held += 1
+
+
+def let_go_of_batch_norms(norms: Iterable[nn.Module]) -> None:
+    """Undo hold_batch_norms, once."""
+    for module in norms:
         train = _frozen(module)
         if train is not None:
             train.held -= 1

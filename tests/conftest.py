@@ -5,6 +5,8 @@ import logging
 
 import pytest
 import torch
+import torch._dynamo.config
+import torch._dynamo.guards
 import torch._functorch.config
 import torch._inductor.config
 
@@ -13,9 +15,13 @@ from convbn_compile.models import declare_torchvision_operators
 
 declare_torchvision_operators()
 # What takes time and tests nothing: pytest listens to loggers that do not propagate, and for any listener torch writes
-# every graph down; and Python's 700 lets a tenth of the time go into looking for garbage.
+# every graph down; Python's 700 lets a tenth of the time go into looking for garbage, Dynamo looks after each compile,
+# and flushes the processor's caches to measure how long guards take.
 logging.getLogger("torch.__trace").propagate = True
-gc.set_threshold(10_000, 10, 10)
+gc.freeze()
+gc.set_threshold(50_000, 10, 10)
+torch._dynamo.config.run_gc_after_compile = False
+torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
 
 
 @pytest.fixture(autouse=True)

@@ -79,9 +79,8 @@ def test_fold_cost():
 def test_finetune_repvgg():
     arguments = ["--shape", 2, 3, 64, 64, "--steps", 2, "--lowering", "aot_eager", "--threads", 1]
     lines = run("finetune_repvgg.py", "repvgg_a0", *arguments).splitlines()
-    rows = {name: line for line in lines for name in ("Inductor Eval", "Tune, merged") if line.startswith(name)}
-    eval_loss, tune_loss = (float(row.split()[-2]) for row in rows.values())
-    assert tune_loss == pytest.approx(eval_loss, rel=1e-3)
+    (tune,) = (line.split() for line in lines if line.startswith("Tune, merged"))
+    assert float(tune[-1]) <= 1e-10  # the largest difference of a gradient, in float64
 
 
 def test_deploy_latency(tmp_path):

@@ -9,6 +9,10 @@ from torch import Tensor, nn
 
 from convbn_compile.reversible._unit import Branch, Unit, WithShortcut, whole
 
+SMOOTH = (nn.CELU, nn.ELU, nn.GELU, nn.Mish, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Tanh)
+KINKED = (nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ReLU, nn.Threshold)
+"""Activations; a ReLU6 is a Hardtanh."""
+
 Split = Callable[[str, nn.Module], list[Unit] | None]
 """The units of a block; None if its input and its output have other shapes."""
 
@@ -32,8 +36,15 @@ def projected(slot: str, absent: type[nn.Module] | None = None, *, rectified: bo
 
 
 def residual(path: str, block: nn.Module) -> list[Unit]:
-    """Of a block that is x + F(x) and no more."""
+    """Of a block of a known class that is x + F(x) and no more."""
     return [Unit(path, block, whole)]
+
+
+def unknown(path: str, block: nn.Module) -> list[Unit]:
+    """Of a block that is taken for x + F(x), and for rectified where its activations are not known to be smooth."""
+    smooth = any(isinstance(module, SMOOTH) for module in block.modules())
+    kinked = any(isinstance(module, KINKED) for module in block.modules())
+    return [Unit(path, block, whole, rectified=kinked or not smooth)]
 
 
 def halves(attention: Callable[[Any, Tensor], Tensor], mlp: Callable[[Any, Tensor], Tensor]) -> Split:
@@ -102,5 +113,13 @@ SPLITS: dict[tuple[str, str], Split] = {
 
 def split(path: str, block: nn.Module) -> list[Unit] | None:
     """The units of a block, of a known class; None if it is none, or changes the shape."""
-    known = SPLITS.get((type(block).__module__, type(block).__qualname__))
-    return None if known is None else known(path, block)
+    return SPLITS[_class_of(block)](path, block) if is_known(block) else None
+
+
+def is_known(block: nn.Module | None) -> bool:
+    """Whether it is a residual block of a known class."""
+    return _class_of(block) in SPLITS
+
+
+def _class_of(block: nn.Module | None) -> tuple[str, str]:
+    return type(block).__module__, type(block).__qualname__

@@ -7,28 +7,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from convbn_compile._runs import HandedOn, check_untouched
 from convbn_compile.reversible._chains import Found
 from convbn_compile.reversible._unit import Shortcut
-
-
-class InsideOfChain:
-    """What is handed from block to block: what the chain made, which only the last block gives out.
-
-    It is no tensor, so that whoever wants what is between blocks gets an error.
-
-    Args:
-        output: of the chain.
-        at: the block that had it last.
-        message: of the error.
-    """
-
-    def __init__(self, output: Tensor, at: int, message: str) -> None:
-        self.output, self.at, self.message = output, at, message
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise RuntimeError(f"{self.__dict__['message']} Here {name} of what is between its blocks was asked for.")
 
 
 class Installed:
@@ -50,9 +33,11 @@ class Installed:
             "chain, checkpoints or layer drop leave blocks out by the chains of make_reversible; restore() gives the "
             "original model back."
         )
-        self.blocks = [found.parent.get_submodule(name) for name in found.names]
+        self.blocks = found.blocks
         for path, block in zip(found.paths, self.blocks, strict=True):
-            _check(path, block)
+            check_untouched(
+                path, block, "which a chain would not call. Remove them before, or leave the block out by chains."
+            )
         slots = [(unit.module, unit.slot) for unit in found.units if unit.slot]
         self.projections = [(module, slot, getattr(module, slot)) for module, slot in slots]
         for module, slot, _ in self.projections:
@@ -77,10 +62,10 @@ class Installed:
         if not index:
             output = self.chain(x) if isinstance(x, Tensor) else self._refuse()
         else:
-            before = isinstance(x, InsideOfChain) and x.at == index - 1 and x.message is self.message
-            output = x.output if before else self._refuse()
+            before = isinstance(x, HandedOn) and x.at == index - 1 and x.message is self.message
+            output = x.value if before else self._refuse()
         last = index == len(self.blocks) - 1
-        return output if last else InsideOfChain(output, index, self.message)
+        return output if last else HandedOn(output, index, self.message)
 
     def _input(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a block is called with, if all else is what its forward has for it anyway."""
@@ -98,13 +83,3 @@ class Installed:
 
     def _refuse(self) -> NoReturn:
         raise RuntimeError(self.message)
-
-
-def _check(path: str, block: nn.Module) -> None:
-    hooks = (block._forward_hooks, block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks)
-    what = "hooks" if any(hooks) else "a forward of its own" if "forward" in block.__dict__ else None
-    if what:
-        raise ValueError(
-            f"make_reversible: {path} has {what}, which a chain would not call. Remove them before, or leave the block "
-            "out by chains."
-        )

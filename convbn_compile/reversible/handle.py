@@ -14,6 +14,7 @@ from torch import nn
 from convbn_compile._wrapped import check_module, unwrapped
 from convbn_compile.reversible._chain import Chain
 from convbn_compile.reversible._chains import Found, find, named
+from convbn_compile.reversible._checks import AUTO, check_anchors, coefficients_of
 from convbn_compile.reversible._compiled import compile_units
 from convbn_compile.reversible._gradients import gradients, relative_difference
 from convbn_compile.reversible._installed import Installed
@@ -22,7 +23,9 @@ from convbn_compile.reversible.precision import LARGEST_ERROR, longest, predicte
 
 logger = logging.getLogger("convbn_compile")
 
-AUTO = "auto"
+WORSE = 10
+"""How many times the predicted error that was warned of there is a warning again at."""
+
 _HANDLE = "_convbn_reversible"
 
 
@@ -97,7 +100,7 @@ class Reversible:
         self.chains = tuple(tuple(one.paths) for one in found)
         self._chains = [Chain(one.units, one.paths, self) for one in found]
         self._installed: list[Installed] = []
-        self._warned = False
+        self._warned_of = 0.0
         self._install(found)
 
     @property
@@ -122,7 +125,6 @@ class Reversible:
             ValueError: one is below 0 or not finite.
         """
         self.coefficients = coefficients_of(alpha, beta)
-        self._warned = False
 
     def compile(self, **kwargs: Any) -> None:
         """Compile every block, with batch norm folded inside of it, for forward and for what backward computes again.
@@ -145,8 +147,8 @@ class Reversible:
         kind = {"rectified": chain.rectified, "low_precision": low_precision}
         units, every = len(chain.units), self._every(chain, dtype, **kind)
         error = predicted_error(self.alpha, self.beta, every, dtype, **kind)
-        if error > LARGEST_ERROR and not self._warned:
-            self._warned = True
+        if error > max(LARGEST_ERROR, WORSE * self._warned_of):
+            self._warned_of = error
             warnings.warn(
                 f"make_reversible: {every} blocks in a row at alpha = {self.alpha:g}, beta = {self.beta:g} in {dtype} "
                 f"predict a relative error of {error:.0e} in gradients, above {LARGEST_ERROR:g}. Use "
@@ -236,23 +238,3 @@ def handle_of(model: nn.Module) -> Reversible:
             "handle_of: the model is not reversible. make_reversible(model) makes it so, and returns its handle."
         )
     return handle  # type: ignore[no-any-return]
-
-
-def coefficients_of(alpha: Any, beta: Any) -> Coefficients:
-    """Of two numbers, if they can be."""
-    for name, value in (("alpha", alpha), ("beta", beta)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__}).")
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must be a finite number of at least 0, got {value}.")
-    return Coefficients.of(float(alpha), float(beta))
-
-
-def check_anchors(every: Any) -> None:
-    """See to it that it is a number of blocks, "auto" or None."""
-    if every is None or every == AUTO:
-        return
-    if isinstance(every, bool) or not isinstance(every, int):
-        raise TypeError(f'anchor_every must be a number of blocks, "auto" or None, got {every!r}.')
-    if every < 1:
-        raise ValueError(f"anchor_every must be at least 1, got {every}. None keeps no anchors.")

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from convbn_compile.reversible.handle import Reversible, coefficients_of
+from convbn_compile.reversible._checks import amount, coefficients_of
+from convbn_compile.reversible.handle import Reversible
 
 LINEAR, CONTROLLED = "linear", "controlled"
 ERROR = 1e-7
@@ -43,7 +44,7 @@ class CoefficientSchedule:
         error: of the gradients, relative.
 
     Raises:
-        TypeError: `handle` is not one of make_reversible.
+        TypeError: `handle` is not one of make_reversible; a number is none.
         ValueError: a number out of range, or an unknown schedule.
 
     Examples:
@@ -73,8 +74,7 @@ class CoefficientSchedule:
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise ValueError(f"total_steps must be an int of at least 1, got {total_steps!r}.")
         for name, value in (("until", until), ("tolerance", tolerance), ("error", error)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-                raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}.")
+            amount(name, value)
         if not 0 < until <= 1:
             raise ValueError(f"until must be a share of the steps in (0, 1], got {until!r}.")
         if schedule not in (LINEAR, CONTROLLED):

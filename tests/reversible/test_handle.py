@@ -140,7 +140,7 @@ def test_a_chain_is_not_what_someone_else_goes_through():
         early.blocks[2](early.blocks[0](rows()))
     net = make("timm ViT")
     make_reversible(net)
-    with pytest.raises(TypeError, match="InsideOfChain"):
+    with pytest.raises(TypeError, match="HandedOn"):
         net.forward_intermediates(image())
 
 
@@ -222,6 +222,21 @@ def test_backward_at_beta_0():
 
 
 @pytest.mark.parametrize(
+    ("f", "every"),
+    [
+        (nn.Sequential(nn.Linear(6, 6), nn.GELU()), 4),
+        (nn.Sequential(nn.Linear(6, 6), nn.ReLU6()), 2),
+        (nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Hardswish()), 2),
+        (nn.Linear(6, 6), 2),  # its activation may be a function
+    ],
+    ids=str,
+)
+def test_unknown_blocks_are_rectified_unless_they_are_known_to_be_smooth(f, every):
+    handle = make_reversible(nn.Sequential(*(Residual(copy.deepcopy(f)) for _ in range(8))), chains=[""])
+    assert handle.lengths(handle._chains[0], torch.float32, low_precision=False) == [every] * (8 // every)
+
+
+@pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"alpha": "1"}, TypeError, "alpha must be a number, got '1' (str)"),
@@ -229,13 +244,13 @@ def test_backward_at_beta_0():
         ({"anchor_every": 0}, ValueError, "anchor_every must be at least 1, got 0"),
         ({"anchor_every": "often"}, TypeError, "anchor_every must be a number of blocks"),
         ({"chains": ["nowhere"]}, ValueError, "the model has no module 'nowhere'"),
-        ({"chains": [3]}, TypeError, "chains is a list, for each chain the path"),
-        ({"chains": [["0", "2"]]}, ValueError, "the blocks of a chain follow each other"),
-        ({"chains": [["0", "1.f"]]}, ValueError, "blocks of a chain are children of one module"),
+        ({"chains": [3]}, TypeError, "chains is a list of paths of modules whose children are blocks"),
+        ({"chains": [["0", "2"]]}, ValueError, "the blocks of a list in chains follow each other"),
+        ({"chains": [["0", "1.f"]]}, ValueError, "a list of blocks in chains has children of one module"),
         ({"chains": [["0", "1"], ["1", "2"]]}, ValueError, "chains has 1 twice"),
         ({"chains": "blocks"}, TypeError, "chains is a list, such as [\"layer3\"], got 'blocks'"),
         ({"chains": []}, ValueError, "chains is empty"),
-        ({"chains": ["", ["1.f.0", "1.f.1"]]}, ValueError, "1.f.0 is inside of 1, which is a block of a chain itself"),
+        ({"chains": ["", ["1.f.0", "1.f.1"]]}, ValueError, "1.f.0 is inside of 1, which chains has, too"),
         ({}, ValueError, "found no two residual blocks of one shape in a row in Sequential"),
     ],
 )

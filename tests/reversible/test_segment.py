@@ -261,6 +261,20 @@ def test_a_16_bit_model_is_warned_of():
         net(image().bfloat16())
 
 
+def test_a_schedule_is_warned_of_once():
+    """But again where the error grows much larger."""
+    net = chain_of(4).float()
+    handle, x = make_reversible(net, chains=[""], beta=0.04, anchor_every=None), torch.randn(5, 6)
+    with pytest.warns(UserWarning, match="beta = 0.04 in torch.float32 predict"):
+        net(x)
+    for beta in (0.05, 0.03):
+        handle.set(1.0, beta)
+        net(x)
+    handle.set(1.0, 0.01)
+    with pytest.warns(UserWarning, match=r"beta = 0\.01"):
+        net(x)
+
+
 # --- saved for backward ------------------------------------------------------------------------------------------
 
 

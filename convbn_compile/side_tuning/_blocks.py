@@ -1,0 +1,130 @@
+"""The blocks of a network in order: their stages, how wide they are, and which are tapped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from torch import nn
+
+from convbn_compile._runs import Named, Run, check_untouched
+from convbn_compile.reversible._blocks import is_known, split
+from convbn_compile.side_tuning._side_network import Grid, Width
+
+
+@dataclass(frozen=True)
+class Block:
+    """One b_i.
+
+    Attributes:
+        index: i.
+        path: of the module.
+        module: the block.
+        stage: the number of its stage: blocks of one shape in a row, after at most one that makes this shape.
+        keeps_shape: False for the one that makes it, which is not tapped.
+    """
+
+    index: int
+    path: str
+    module: nn.Module
+    stage: int
+    keeps_shape: bool
+
+
+def blocks_of(model: nn.Module, given: Iterable[Any] | None) -> list[Block]:
+    """All of them: those of known classes, or those that the user named.
+
+    Raises:
+        TypeError: `given` is no list of paths.
+        ValueError: there is none; a block has hooks, or a forward of its own.
+    """
+    runs = list(_known(model)) if given is None else Named(model, "attach", "blocks").runs(given)
+    if not runs:
+        raise ValueError(
+            f"attach found no residual blocks in {type(model).__name__}. Known are those of ResNets, RegNets, "
+            "ConvNeXt, ViT and Swin of torchvision and timm; for others name the modules whose children they are: "
+            'blocks=["blocks"].'
+        )
+    found: list[Block] = []
+    stage = -1
+    for run in runs:
+        for path, module in zip(run.paths, run.blocks, strict=True):
+            check_untouched(
+                path,
+                module,
+                "which would get what blocks hand on, no tensor. Remove them before, or leave the block out by blocks.",
+            )
+            keeps_shape = not is_known(module) or split(path, module) is not None
+            stage += path == run.paths[0] or not keeps_shape
+            found.append(Block(len(found), path, module, stage, keeps_shape))
+    return found
+
+
+def _known(model: nn.Module) -> Iterator[Run]:
+    for path, parent in model.named_modules():
+        for known, children in groupby(parent._modules.items(), lambda item: is_known(item[1])):
+            if known:
+                yield Run(path, parent, tuple(name for name, _ in children))
+
+
+def first_adapted(blocks: Sequence[Block], start: int) -> int:
+    """The number of the block from which on outputs are adapted.
+
+    Args:
+        blocks: all.
+        start: M.
+
+    Raises:
+        ValueError: M is out of range, or no block from M on keeps its shape.
+    """
+    if not 0 <= start < len(blocks):
+        raise ValueError(
+            f'start must be "middle" or from 0 to {len(blocks) - 1}, of {len(blocks)} blocks, got {start}.'
+        )
+    for block in blocks[start:]:
+        if block.keeps_shape:
+            return block.index
+    raise ValueError(
+        f"No block from start = {start} on keeps the shape of its input ({blocks[start].path} and after), so that "
+        "nothing would be adapted. Use a smaller start."
+    )
+
+
+def widths(blocks: Sequence[Block], start: int) -> list[Width]:
+    """Of the blocks that are tapped: those whose h reaches an adapted block of their stage.
+
+    Raises:
+        ValueError: as first_adapted; or a block begins with no layer that tells how wide it is.
+    """
+    adapted = first_adapted(blocks, start)
+    stages = {block.stage for block in blocks[adapted:] if block.keeps_shape}
+    return [_width(block) for block in blocks if block.keeps_shape and block.stage in stages]
+
+
+def _width(block: Block) -> Width:
+    for module in block.module.modules():
+        if isinstance(module, nn.Conv2d):
+            return Width(block.index, block.stage, module.in_channels, 1)
+        if isinstance(module, nn.BatchNorm2d):
+            return Width(block.index, block.stage, module.num_features, 1)
+        if isinstance(module, nn.Linear):
+            return Width(block.index, block.stage, module.in_features, -1)
+        if isinstance(module, nn.LayerNorm):
+            return Width(block.index, block.stage, module.normalized_shape[-1], -1)
+    raise ValueError(
+        f"attach: {block.path} ({type(block.module).__name__}) has to begin with a Conv2d, BatchNorm2d, Linear or "
+        "LayerNorm, which tells how many channels it gets and where they are."
+    )
+
+
+def grid_of(model: Any) -> Grid | None:
+    """Of a ViT's tokens; None of any other model."""
+    patch_embed: Any = getattr(model, "patch_embed", None)
+    if hasattr(model, "num_prefix_tokens") and hasattr(patch_embed, "grid_size"):
+        return Grid(model.num_prefix_tokens, *patch_embed.grid_size)
+    if hasattr(model, "class_token") and hasattr(model, "patch_size"):  # torchvision
+        side = model.image_size // model.patch_size
+        return Grid(1, side, side)
+    return None

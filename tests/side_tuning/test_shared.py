@@ -1,0 +1,93 @@
+"""share_backbone: what models of several tasks return, and what is computed once."""
+
+import copy
+
+import pytest
+import torch
+from reversible.nets import NETS, image, make
+from support import relative_errors
+from torch import nn
+
+from convbn_compile.side_tuning import attach, share_backbone
+
+
+def tasks(name, starts, **arguments):
+    """Models of one backbone with heads and side networks of their own."""
+    handles = []
+    for number, start in enumerate(starts):
+        net = make(name)
+        handle = attach(net, start=start, rank=number + 1, **arguments)
+        head = net.get_submodule(handle.head[0])
+        net.set_submodule(handle.head[0], nn.Linear(head.in_features, number + 2).double())
+        with torch.no_grad():
+            for parameter in handle.side_network.parameters():
+                parameter.normal_(std=0.1)
+        handles.append(handle)
+    return handles
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("plus", [False, True])
+def test_it_returns_what_the_models_return(name, plus):
+    handles, x = tasks(name, (2, 1, 2), plus=plus, kernel_size=3), image()
+    shared = share_backbone(handles)
+    with torch.no_grad():
+        found, wanted = shared(x), [handle.model(x) for handle in handles]
+    assert [output.shape[1] for output in found] == [2, 3, 4]
+    for output, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(output, want, rtol=1e-10, atol=1e-10)
+
+
+def test_what_is_common_is_computed_once():
+    handles = tasks("torchvision bottlenecks", (4, 5))
+    shared, sizes = share_backbone(handles), {}
+    for path, module in shared.named_modules():
+        if path.startswith(("conv1", "layer")) and path.endswith("conv1"):
+            module.register_forward_pre_hook(lambda *call, path=path: sizes.update({path: len(call[1][0])}))
+    shared(image(batch=2))
+    before = ["conv1", "layer1.0.conv1", "layer2.0.conv1", "layer2.1.conv1", "layer2.2.conv1", "layer3.0.conv1"]
+    assert [path for path, batch in sizes.items() if batch == 2] == [*before, "layer3.1.conv1"]
+    assert [path for path, batch in sizes.items() if batch == 4] == [
+        "layer3.2.conv1",
+        "layer3.3.conv1",
+        "layer4.0.conv1",
+    ]
+
+
+def test_parameters_are_shared():
+    handles, x = tasks("timm ViT", (1, 1)), image()
+    shared = share_backbone(handles)
+    own = {id(parameter) for handle in handles for parameter in handle.model.parameters()}
+    assert all(id(parameter) in own for parameter in shared.parameters())
+    with torch.no_grad():
+        handles[1].side_network.taps["0"].c.weight.mul_(2)
+        torch.testing.assert_close(shared(x)[1], handles[1].model(x), rtol=1e-10, atol=1e-10)
+
+
+def test_compiled():
+    handles, x = tasks("torchvision bottlenecks", (4, 5)), image()
+    shared = share_backbone(handles)
+    function = torch.compile(shared, backend="convbn_tune", fullgraph=True, options={"lowering": "aot_eager"})
+    with torch.no_grad():
+        for found, wanted in zip(function(x), shared(x), strict=True):
+            assert max(relative_errors({"": found}, {"": wanted}).values()) <= 1e-10
+
+
+def test_errors():
+    handles = tasks("timm ViT", (1, 1))
+    with pytest.raises(TypeError, match="share_backbone needs a list of what attach returned, got 3"):
+        share_backbone(3)
+    with pytest.raises(ValueError, match="two handles or more, got 1"):
+        share_backbone(handles[:1])
+    with pytest.raises(ValueError, match=r"handles\[0\] and handles\[1\] have other blocks"):
+        share_backbone([handles[0], attach(make("timm ViT"), blocks=[["blocks.0", "blocks.1"]], head="head")])
+    with pytest.raises(ValueError, match=r"That of handles\[0\] is \('head',\), that of handles\[1\] \(\)"):
+        share_backbone([handles[0], attach(make("timm ViT"), head=[])])
+    other = copy.deepcopy(handles[1].model)
+    with torch.no_grad():
+        other.norm.bias[0] += 1
+    with pytest.raises(ValueError, match="have other weights"):
+        share_backbone([handles[0], other._convbn_side_tuned])
+    handles[1].detach()
+    with pytest.raises(ValueError, match=r"handles\[1\] was detached"):
+        share_backbone(handles)
