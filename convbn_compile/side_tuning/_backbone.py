@@ -54,21 +54,21 @@ def _checked_head(model: nn.Module, given: Iterable[Any]) -> list[str]:
 
 
 class Frozen:
-    """A model of which some modules are trained, and batch norms stay in eval mode through train().
+    """A model of which only some modules are trained, and whose other batch norms stay in eval mode through train().
 
     Args:
         model: the model.
-        trained: the paths of modules whose parameters are; they stay as they are.
+        trained: the paths of the modules.
     """
 
     def __init__(self, model: nn.Module, trained: Sequence[str]) -> None:
-        inside = {id(module) for path in trained for module in model.get_submodule(path).modules()}
-        kept = {id(parameter) for path in trained for parameter in model.get_submodule(path).parameters()}
-        self.before = [(each, each.requires_grad) for each in model.parameters() if id(each) not in kept]
+        inside = {module for path in trained for module in model.get_submodule(path).modules()}
+        kept = {id(parameter) for module in inside for parameter in module.parameters()}
         norms = (module for module in model.modules() if isinstance(module, _torch.BatchNormModule))
-        self.norms = [norm for norm in norms if norm.running_mean is not None and id(norm) not in inside]
+        self.norms = [norm for norm in norms if norm.running_mean is not None and norm not in inside]
+        self.before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         for parameter, _ in self.before:
-            parameter.requires_grad = False
+            parameter.requires_grad = id(parameter) in kept
         hold_batch_norms(self.norms)
 
     def release(self) -> None:

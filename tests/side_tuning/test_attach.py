@@ -104,6 +104,14 @@ def test_what_is_frozen_before_stays_frozen_after():
     assert [name for name, one in net.named_parameters() if not one.requires_grad] == ["conv1.weight"]
 
 
+def test_a_head_that_was_frozen_is_trained():
+    net = make(RESNET).requires_grad_(False)
+    handle = attach(net)
+    assert all(parameter.requires_grad for parameter in handle.parameters())
+    handle.detach()
+    assert not any(parameter.requires_grad for parameter in net.parameters())
+
+
 def test_the_way_back():
     net = make(RESNET)
     x, keys = image(), list(net.state_dict())
