@@ -29,9 +29,9 @@ class Installed:
         self.chain = chain
         self.message = (
             f"The blocks from {found.paths[0]} to {found.paths[-1]} are a reversible chain and run as one: each is "
-            "called with what the block before it returned, and with nothing else. For features from inside of the "
-            "chain, checkpoints or layer drop leave blocks out by the chains of make_reversible; restore() gives the "
-            "original model back."
+            "called with what the block before it returned, and with nothing else, and has no hooks. For features from "
+            "inside of the chain, checkpoints or layer drop leave blocks out by the chains of make_reversible; "
+            "restore() gives the original model back."
         )
         self.blocks = found.blocks
         for path, block in zip(found.paths, self.blocks, strict=True):
@@ -58,7 +58,10 @@ class Installed:
         Raises:
             RuntimeError: it is called with something else than the block before it returned, or with more than that.
         """
+        block = self.blocks[index]
         x = self._input(index, args, kwargs)
+        if block._forward_hooks or block._forward_pre_hooks:
+            self._refuse()
         if not index:
             output = self.chain(x) if isinstance(x, Tensor) else self._refuse()
         else:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from convbn_compile import _torch
 
 STATISTICS = (_torch.BatchNormModule, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-"""Norms, which read nothing of the statistics that they write to."""
+"""Norms, which in training read nothing of the statistics that they write to."""
 
 
 @dataclass(frozen=True)
@@ -48,20 +48,19 @@ class Autocast:
 
     device_type: str
     dtype: torch.dtype | None
-    cache: bool
 
     @classmethod
     def now(cls, device_type: str) -> Autocast:
         """As it is; the dtype is None where there is none."""
         enabled = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if enabled else None
-        return cls(device_type, dtype, torch.is_autocast_cache_enabled())
+        return cls(device_type, dtype)
 
     def again(self) -> contextlib.AbstractContextManager[Any]:
-        """The same."""
+        """The same, without its cache, which would keep what is cast of the copies of weights."""
         if not torch.amp.is_autocast_available(self.device_type):
             return contextlib.nullcontext()
-        return torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None, cache_enabled=self.cache)
+        return torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None, cache_enabled=False)
 
 
 @dataclass(frozen=True)
@@ -80,10 +79,11 @@ class State:
         parameters = {
             (each, name): tensor for each in modules for name, tensor in each._parameters.items() if tensor is not None
         }
-        return cls(module, parameters, {each: each.training for each in modules}, _versions(modules))
+        modes = {each: each.training for each in modules}
+        return cls(module, parameters, modes, _versions(modes))
 
     def written(self) -> str | None:
-        """The path of a buffer that is another now, or was written to; norms' own statistics left out."""
+        """The path of a buffer that is another now, or was written to; statistics of norms in training left out."""
         now = _versions(self.modes)
         written = next((key for key, version in self.buffers.items() if now.get(key) != version), None)
         if written is None:
@@ -110,11 +110,11 @@ class State:
             yield
 
 
-def _versions(modules: Any) -> dict[tuple[nn.Module, str], tuple[int, int]]:
+def _versions(modes: Mapping[nn.Module, bool]) -> dict[tuple[nn.Module, str], tuple[int, int]]:
     return {
         (module, name): (id(buffer), 0 if buffer.is_inference() else buffer._version)
-        for module in modules
-        if not isinstance(module, STATISTICS)
+        for module, training in modes.items()
+        if not (training and isinstance(module, STATISTICS))
         for name, buffer in module._buffers.items()
         if buffer is not None
     }

@@ -22,7 +22,8 @@ class Unit:
         g: what is computed.
         slot: the name of the module's submodule for its shortcut, if `g` puts alpha there.
         rectified: the block ends in an activation with a kink.
-        compiled: G as torch.compile made it, if it was called.
+        compiled: G as torch.compile made it, if it was called; a copy, or what is unpickled, is not compiled.
+        is_known_to_be_closed: all that it trains are its parameters.
     """
 
     path: str
@@ -31,6 +32,10 @@ class Unit:
     slot: str | None = None
     rectified: bool = False
     compiled: G | None = None
+    is_known_to_be_closed: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "compiled": None}
 
     def __call__(self, x: Tensor, alpha: Tensor) -> Tensor:
         """G(x)."""
@@ -88,7 +93,10 @@ class WithShortcut:
 
     def __call__(self, module: nn.Module, x: Tensor, alpha: Tensor) -> Tensor:
         """G(x); alpha stays where it is, as threads that run one model at a time have one alpha."""
-        getattr(module, self.slot).alpha = alpha
+        shortcut = getattr(module, self.slot)
+        if not isinstance(shortcut, Shortcut):
+            raise RuntimeError("restore() was called between forward and backward of a reversible network.")
+        shortcut.alpha = alpha
         return own_forward(module, x)  # type: ignore[no-any-return]
 
 

@@ -26,6 +26,9 @@ logger = logging.getLogger("convbn_compile")
 WORSE = 10
 """How many times the predicted error that was warned of there is a warning again at."""
 
+PAYS = 3
+"""F in a row that save less when they are rebuilt: two are kept by two tensors, as their inputs are."""
+
 _HANDLE = "_convbn_reversible"
 
 
@@ -48,9 +51,9 @@ def make_reversible(
         alpha: of the residual connections that the pretrained network has.
         beta: of the second ones; 0 is for inference only, as the inverse divides by it.
         chains: for each chain the path of a module whose children are its blocks, such as "layer3", or the paths of its
-            blocks. A block that is not of a known class has to be x + F(x), of one tensor. None: all that are found.
-        anchor_every: after how many blocks the streams are kept; "auto" by the error that is predicted for alpha,
-            beta, the depth and the dtype; None keeps none but the last.
+            blocks. A block that is not of a known class is taken for x + F(x), of one tensor. None: all that are found.
+        anchor_every: after how many F, of which a transformer's block has two, the streams are kept; "auto" by the
+            error that is predicted for alpha, beta, the depth and the dtype; None keeps none but the last.
 
     Returns:
         The handle.
@@ -101,6 +104,7 @@ class Reversible:
         self._chains = [Chain(one.units, one.paths, self) for one in found]
         self._installed: list[Installed] = []
         self._warned_of = 0.0
+        self._warn_beforehand()
         self._install(found)
 
     @property
@@ -125,6 +129,7 @@ class Reversible:
             ValueError: one is below 0 or not finite.
         """
         self.coefficients = coefficients_of(alpha, beta)
+        self._warn_beforehand()
 
     def compile(self, **kwargs: Any) -> None:
         """Compile every block, with batch norm folded inside of it, for forward and for what backward computes again.
@@ -147,22 +152,31 @@ class Reversible:
         kind = {"rectified": chain.rectified, "low_precision": low_precision}
         units, every = len(chain.units), self._every(chain, dtype, **kind)
         error = predicted_error(self.alpha, self.beta, every, dtype, **kind)
-        if error > max(LARGEST_ERROR, WORSE * self._warned_of):
+        if error > max(LARGEST_ERROR if dtype.itemsize > 2 else 0, WORSE * self._warned_of):
             self._warned_of = error
             warnings.warn(
-                f"make_reversible: {every} blocks in a row at alpha = {self.alpha:g}, beta = {self.beta:g} in {dtype} "
-                f"predict a relative error of {error:.0e} in gradients, above {LARGEST_ERROR:g}. Use "
+                f"make_reversible: {every} F in a row at alpha = {self.alpha:g}, beta = {self.beta:g} in {dtype} "
+                f"predict a relative error of {error:.0e} in gradients or more. Use "
                 'anchor_every="auto" or a smaller number, a larger beta, or float32.',
                 stacklevel=2,
             )
-        return [every] * (units // every) + [units % every] * (units % every > 0)
+        whole, rest = divmod(units, every)
+        return [every] * whole + ([1] * rest if rest < PAYS else [rest])
+
+    def _warn_beforehand(self) -> None:
+        """Of a large error, for streams in the dtype of the parameters."""
+        for chain in self._chains if self.beta else ():
+            parameters = (one for unit in chain.units for one in unit.module.parameters() if one.is_floating_point())
+            self.lengths(chain, next((one.dtype for one in parameters), torch.float32), low_precision=False)
 
     def _every(self, chain: Chain, dtype: torch.dtype, **kind: bool) -> int:
         units = len(chain.units)
         if isinstance(self.anchor_every, int):
-            return min(self.anchor_every, units)
-        most = longest(self.alpha, self.beta, dtype, **kind)
-        return units if self.anchor_every is None or most is None else min(units, most)
+            most: int | None = self.anchor_every
+        else:
+            most = None if self.anchor_every is None else longest(self.alpha, self.beta, dtype, **kind)
+        every = units if most is None else min(units, most)
+        return every if every >= PAYS else 1
 
     def gradient_error(self, *inputs: Any, **kwargs: Any) -> float:
         """How far gradients are from those of ordinary autograd for the same network, today.
@@ -182,13 +196,12 @@ class Reversible:
         """
         if not self._installed:
             raise ValueError("gradient_error: restore() gave the original model back, which is not reversible.")
-        found = []
-        for self.ordinary in (True, False):
-            try:
-                found.append(gradients(self.model, inputs, kwargs))
-            finally:
-                self.ordinary = False
-        return relative_difference(*found)
+        self.ordinary = True
+        try:
+            wanted = gradients(self.model, inputs, kwargs)
+        finally:
+            self.ordinary = False
+        return relative_difference(wanted, gradients(self.model, inputs, kwargs))
 
     def restore(self) -> nn.Module:
         """Give the original model back, in place, with the weights that it has now.

@@ -30,9 +30,9 @@ class CoefficientSchedule:
     Call step() after each optimizer step, as of a learning rate scheduler: forward and backward need the same pair.
 
     "linear" is at the end after `until` of the steps. "controlled" goes there no faster, and waits while the mean of
-    the losses is more than `tolerance` above its lowest, so that the network follows what changes under it; unless the
-    gradient error, measured on a batch that step() is given, is above `error` times 100, which only moving on mends. It
-    stops where that error is below `error`.
+    the losses is more than `tolerance` above its lowest, so that the network follows what changes under it. Without
+    anchors it does not wait where the gradient error, measured on a batch that step() is given, is above `error` times
+    100, which only moving on mends then. It stops where that error is below `error`.
 
     Args:
         handle: of make_reversible.
@@ -119,7 +119,7 @@ class CoefficientSchedule:
         if batch is not None and self.moved < self.moving_steps:
             error = self.handle.gradient_error(*(batch if isinstance(batch, tuple) else (batch,)))
             self.arrived = error <= self.error
-            if error > 100 * self.error:
+            if error > 100 * self.error and self.handle.anchor_every is None:
                 return True
         return not self.arrived and self.mean_loss <= self.lowest_loss + self.tolerance * abs(self.lowest_loss)
 

@@ -3,13 +3,14 @@
 import pytest
 import torch
 from reversible.nets import chain_of
+from torchvision.models import resnet
 
 from convbn_compile.reversible import make_reversible, predicted_error
 from convbn_compile.reversible.precision import growth, longest
 
 MEASURED = [
-    (1.0, 0.1, 3, 5e-6),
-    (1.0, 0.1, 6, 7e-3),
+    (1.0, 0.1, 3, 3e-6),
+    (1.0, 0.1, 6, 4e-3),
     (1.0, 0.25, 6, 1e-4),
     (1.0, 0.5, 6, 1e-5),
     (0.75, 0.25, 6, 1e-5),
@@ -36,6 +37,15 @@ def test_errors_of_chains(alpha, beta, blocks, measured):
     assert error <= max(predicted_error(alpha, beta, blocks), 5e-7) <= 10 * error
 
 
+@pytest.mark.parametrize(("alpha", "beta", "largest"), [(1.0, 0.125, 1e-4), (0.3, 0.7, 5e-2)])
+def test_errors_of_a_resnet(alpha, beta, largest):
+    """At the end a sign flips now and then, which the rule does not predict."""
+    torch.manual_seed(0)
+    net = resnet.ResNet(resnet.Bottleneck, [1, 1, 12, 1], num_classes=5, width_per_group=16).train()
+    handle = make_reversible(net, alpha, beta)
+    assert 0 < handle.gradient_error(torch.randn(4, 3, 32, 32)) <= largest
+
+
 def test_the_factor():
     assert growth(0.0, 1.0) == 1.0
     assert growth(0.3, 0.7) == pytest.approx(1 / 0.7)
@@ -51,7 +61,15 @@ def test_autocast_counts_but_for_one_block():
     assert predicted_error(1.0, 0.125, 1, low_precision=True) < 1e-7
     assert predicted_error(1.0, 0.125, 2, low_precision=True) > 1e-5
     assert predicted_error(1.0, 0.125, 2, low_precision=True, rectified=True) > 1e-3
-    assert predicted_error(0.0, 1.0, 24, low_precision=True, rectified=True) < 1e-7
+    assert predicted_error(0.0, 1.0, 24, low_precision=True, rectified=True) > 1e-4
+    assert longest(0.0, 1.0, low_precision=True, rectified=True) == 1
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.0, 0.1), (0.1, 0.3), (0.0, 0.5)])
+def test_streams_that_shrink(alpha, beta):
+    """alpha + beta below 1: norms see ever smaller streams, and errors grow as if alpha were 1 - beta."""
+    handle = make_reversible(chain_of(24, width=32).float(), alpha, beta, chains=[""])
+    assert handle.gradient_error(torch.randn(16, 32)) <= 1e-4
 
 
 def test_what_cannot_be_predicted():
@@ -75,5 +93,5 @@ def test_anchors_keep_deep_chains_exact(alpha, beta):
     x = torch.randn(16, 32)
     assert handle.gradient_error(x) <= 1e-4
     handle.anchor_every = None
-    with pytest.warns(UserWarning, match=f"24 blocks in a row at alpha = {alpha:g}, beta = {beta:g} in torch.float32"):
+    with pytest.warns(UserWarning, match=f"24 F in a row at alpha = {alpha:g}, beta = {beta:g} in torch.float32"):
         assert handle.gradient_error(x) > 1e-3

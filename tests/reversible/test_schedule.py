@@ -39,10 +39,13 @@ def test_a_controlled_one_waits_while_the_loss_is_high(handle):
     assert (handle.alpha, handle.beta) == (0.3, 0.7)
 
 
-def test_a_controlled_one_moves_on_while_the_error_is_large(handle):
+def test_a_controlled_one_without_anchors_moves_on_while_the_error_is_large(handle):
     schedule = CoefficientSchedule(handle, 20, schedule="controlled", error=1e-7)
     schedule.step(1.0)
     handle.gradient_error = lambda *_: 1e-4
+    schedule.step(3.0, batch=torch.zeros(1))
+    assert schedule.moved == 1  # anchors bound it
+    handle.anchor_every = None
     schedule.step(3.0, batch=torch.zeros(1))
     assert schedule.moved == 2
 
