@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -48,7 +49,7 @@ STAGES = [
 """The blocks of EfficientNet-Lite0 that keep the shape of their input."""
 
 POINTWISE = r".*_(expand|project)_conv"
-"""What LoRA adapts; peft does not do the padding of this network's other convolutions."""
+"""What LoRA adapts: the other convolutions of this network have a padding of their own, which peft does not know."""
 
 Parameters = Iterable[nn.Parameter]
 Start = Callable[[nn.Module], Parameters]
@@ -75,8 +76,17 @@ def batch_norm_only(model: nn.Module) -> Parameters:
 def lora(model: nn.Module) -> Parameters:
     import peft
 
-    peft.inject_adapter_in_model(peft.LoraConfig(r=2, lora_alpha=2, target_modules=POINTWISE), frozen(model))
-    return [one.requires_grad_() for name, one in frozen(model).named_parameters() if "lora_" in name]
+    frozen(model)
+    pointwise = [path for path, _ in model.named_modules() if re.fullmatch(POINTWISE, path)]
+    for path in pointwise:  # peft makes convolutions of the same class, which this network's does not let it
+        conv = model.get_submodule(path)
+        plain = nn.Conv2d(conv.in_channels, conv.out_channels, 1, bias=False)
+        plain.weight = conv.weight
+        model.set_submodule(path, plain)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, lora_alpha=2, target_modules=pointwise), model)
+    model.requires_grad_(requires_grad=False)
+    model._fc.requires_grad_()
+    return [one.requires_grad_() for name, one in model.named_parameters() if "lora_" in name]
 
 
 def full(model: nn.Module) -> Parameters:
@@ -210,7 +220,8 @@ def plot(rows: dict[str, dict[str, Any]], by_start: dict[str, dict[str, float]],
         shares = [saved / found["full"] for saved in found.values()]
         right.plot(list(found), shares, marker="o", label=name)
     right.set(ylabel="share of full fine-tuning", title="saved for backward, convbn_tune", ylim=(0, None))
-    right.legend(frameon=False)
+    if by_start:
+        right.legend(frameon=False)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
@@ -245,9 +256,11 @@ def main() -> None:
     bottleneck = frozen_bottleneck(args.lowering)
     print(tabulate([bottleneck], headers="keys", floatfmt=".2f", showindex=["frozen bottleneck, units of its input"]))
     by_start = {name: saved_by_start(name, args.starts, batch=32) for name in args.networks}
-    print(tabulate([{"saved MiB": name, **row} for name, row in by_start.items()], headers="keys", floatfmt=".0f"))
     shared = throughput(args.tasks, batch=16, calls=7)
-    print(tabulate([shared], headers="keys", floatfmt=".2f", showindex=["throughput, shared over separate"]))
+    if by_start:
+        print(tabulate([{"saved MiB": name, **row} for name, row in by_start.items()], headers="keys", floatfmt=".0f"))
+    if shared:
+        print(tabulate([shared], headers="keys", floatfmt=".2f", showindex=["throughput, shared over separate"]))
     args.out.mkdir(parents=True, exist_ok=True)
     plot(rows, by_start, args.out / "dtl.png")
     figures = {"methods": rows, "frozen bottleneck": bottleneck, "saved MiB": by_start, "throughput": shared}

@@ -113,3 +113,12 @@ def test_dr2net(tmp_path):
     assert figures["ResNet-47"]["Dr²Net"]["saved MiB"] < figures["ResNet-47"]["full fine-tuning"]["saved MiB"]
     assert figures["stage 3, MiB"]["Dr²Net, end of schedule"][1] < figures["stage 3, MiB"]["Tune"][1]
     assert (tmp_path / "dr2net.png").exists()
+
+
+def test_dtl(tmp_path):
+    sizes = ["--steps", 2, "--batch-size", 4, "--image-size", 32, "--test-images", 100, "--networks", "--tasks"]
+    assert "DTL+" in run("dtl.py", "--methods", "linear probe", "DTL+", *sizes, "--out", tmp_path)
+    figures = json.loads((tmp_path / "dtl.json").read_text())
+    assert figures["methods"]["linear probe"]["trained"] == 0 < figures["methods"]["DTL+"]["trained"]
+    assert figures["frozen bottleneck"]["convbn_tune"] < 0.1 < figures["frozen bottleneck"]["eager"]
+    assert (tmp_path / "dtl.png").exists()
