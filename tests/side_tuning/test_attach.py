@@ -234,6 +234,23 @@ def test_a_fingerprint_needs_values_and_no_others():
         handle_of(copy.deepcopy(net).to("meta")).state_dict()
 
 
+def test_a_fingerprint_of_what_is_sharded():
+    """Of a DTensor all of it."""
+
+    class Sharded(torch.nn.Parameter):
+        def detach(self):
+            return self
+
+        def full_tensor(self):
+            return self.data.as_subclass(torch.Tensor)
+
+    net = make(RESNET)
+    handle = attach(net)
+    before = handle.fingerprint()
+    net.bn1.weight = Sharded(net.bn1.weight.data)
+    assert handle.fingerprint() == before
+
+
 def test_integers_of_numpy_are_integers():
     class Two(int):
         """Not what torch.load takes with weights_only=True."""

@@ -12,6 +12,7 @@ from support import relative_errors, run
 from torch import nn
 from torch.utils.checkpoint import checkpoint_sequential
 
+from convbn_compile._runs import HandedOn
 from convbn_compile.side_tuning import attach, handle_of
 
 
@@ -74,6 +75,15 @@ def test_tokens_that_are_no_grid():
         handle_of(net).side_network.convs["0"](torch.randn(1, 10, 16, dtype=torch.float64))
     net.set_input_size((16, 64))
     net(torch.randn(1, 3, 16, 64, dtype=torch.float64))  # the grid is the model's, of the time
+
+
+def test_what_is_handed_on_has_no_protocols():
+    """As copies and Dynamo ask for them, of an object that is not made yet, too."""
+    assert not hasattr(HandedOn(1, 0, "m"), "__array__")
+    assert not hasattr(HandedOn.__new__(HandedOn), "message")
+    for asked in (lambda handed: handed.shape, lambda handed: handed[0]):
+        with pytest.raises(RuntimeError, match="m Here .* of what is between its blocks was asked for"):
+            asked(HandedOn(1, 0, "m"))
 
 
 def test_hooks_that_come_later():

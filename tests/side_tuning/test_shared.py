@@ -66,9 +66,10 @@ def test_parameters_are_shared():
 
 def test_modes_are_not_shared():
     handles = tasks("timm ViT", (1, 1))
-    handles[0].model.train()
+    for handle in handles:
+        handle.model.train()
     shared = share_backbone(handles).eval()
-    assert all(module.training for module in handles[0].model.modules())
+    assert all(module.training for handle in handles for module in handle.model.modules())
     assert not any(module.training for module in shared.modules())
 
 
