@@ -41,15 +41,23 @@ class HandedOn:
 
     Args:
         value: whatever it is.
-        at: the block that it comes from.
-        message: of the error.
+        at: the block that it comes from, or is for.
+        message: of the error, as a string or what str() makes one of.
     """
 
-    def __init__(self, value: Any, at: int, message: str) -> None:
+    def __init__(self, value: Any, at: Any, message: Any) -> None:
         self.value, self.at, self.message = value, at, message
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise RuntimeError(f"{self.__dict__['message']} Here {name} of what is between its blocks was asked for.")
+        if name.startswith("__") or "message" not in self.__dict__:
+            raise AttributeError(name)
+        self._refuse(name)
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        self._refuse(f"[{index!r}]")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise RuntimeError(f"{self.message} Here {what} of what is between its blocks was asked for.")
 
 
 class Named:

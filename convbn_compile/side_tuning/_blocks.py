@@ -11,7 +11,7 @@ from torch import nn
 
 from convbn_compile._runs import Named, Run, check_untouched
 from convbn_compile.reversible._blocks import is_known, split
-from convbn_compile.side_tuning._side_network import Grid, Width
+from convbn_compile.side_tuning._tap import Width
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ def blocks_of(model: nn.Module, given: Iterable[Any] | None) -> list[Block]:
             'blocks=["blocks"].'
         )
     found: list[Block] = []
+    seen: dict[nn.Module, str] = {}
     stage = -1
     for run in runs:
         for path, module in zip(run.paths, run.blocks, strict=True):
@@ -56,6 +57,8 @@ def blocks_of(model: nn.Module, given: Iterable[Any] | None) -> list[Block]:
                 module,
                 "which would get what blocks hand on, no tensor. Remove them before, or leave the block out by blocks.",
             )
+            if seen.setdefault(module, path) != path:
+                raise ValueError(f"attach: {path} is the same module as {seen[module]}. Leave it out by blocks.")
             keeps_shape = not is_known(module) or split(path, module) is not None
             stage += path == run.paths[0] or not keeps_shape
             found.append(Block(len(found), path, module, stage, keeps_shape))
@@ -104,27 +107,18 @@ def widths(blocks: Sequence[Block], start: int) -> list[Width]:
 
 
 def _width(block: Block) -> Width:
+    first = next((parameter for parameter in block.module.parameters() if parameter.is_floating_point()), None)
+    like = (None, None) if first is None else (first.dtype, first.device)
     for module in block.module.modules():
-        if isinstance(module, nn.Conv2d):
-            return Width(block.index, block.stage, module.in_channels, 1)
-        if isinstance(module, nn.BatchNorm2d):
-            return Width(block.index, block.stage, module.num_features, 1)
+        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
+            channels = module.in_channels if isinstance(module, nn.Conv2d) else module.num_features
+            return Width(block.index, block.stage, channels, 1, *like)
         if isinstance(module, nn.Linear):
-            return Width(block.index, block.stage, module.in_features, -1)
+            return Width(block.index, block.stage, module.in_features, -1, *like)
         if isinstance(module, nn.LayerNorm):
-            return Width(block.index, block.stage, module.normalized_shape[-1], -1)
+            of_images = "2d" in type(module).__name__  # timm's and torchvision's LayerNorm2d, channels in dimension 1
+            return Width(block.index, block.stage, module.normalized_shape[-1], 1 if of_images else -1, *like)
     raise ValueError(
         f"attach: {block.path} ({type(block.module).__name__}) has to begin with a Conv2d, BatchNorm2d, Linear or "
         "LayerNorm, which tells how many channels it gets and where they are."
     )
-
-
-def grid_of(model: Any) -> Grid | None:
-    """Of a ViT's tokens; None of any other model."""
-    patch_embed: Any = getattr(model, "patch_embed", None)
-    if hasattr(model, "num_prefix_tokens") and hasattr(patch_embed, "grid_size"):
-        return Grid(model.num_prefix_tokens, *patch_embed.grid_size)
-    if hasattr(model, "class_token") and hasattr(model, "patch_size"):  # torchvision
-        side = model.image_size // model.patch_size
-        return Grid(1, side, side)
-    return None

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from convbn_compile._runs import HandedOn
 from convbn_compile.side_tuning._blocks import Block
-from convbn_compile.side_tuning._side_network import SideNetwork
+from convbn_compile.side_tuning._checks import (
+    check_frozen,
+    check_hooks,
+    check_input,
+    check_output,
+    check_sums,
+    check_width,
+    version,
+)
+from convbn_compile.side_tuning._side_network import Part, SideNetwork
+from convbn_compile.side_tuning._tap import Factors
 
-Sums = tuple["Tensor | None", ...]
+Sums = tuple["Factors | None", ...]
 """h of each task."""
 
 MESSAGE = (
@@ -37,106 +47,107 @@ class Installed:
     """
 
     def __init__(self, blocks: Sequence[Block], adapted: int, sides: Sequence[SideNetwork]) -> None:
-        self.blocks, self.adapted, self.sides = tuple(blocks), adapted, tuple(sides)
-        self.tapped = [any(side.taps_block(block.index) for side in sides) for block in blocks]
-        for block in blocks:
-            block.module.__dict__["forward"] = partial(self.call, block.index)
+        self.adapted = adapted
+        self.steps = [Step(block, sides, frozen=block.index <= adapted) for block in blocks]
+        for step, after in zip(self.steps, self.steps[1:], strict=False):
+            if step.tapped and step.block.stage == after.block.stage:
+                step.after, after.follows = after, True
+        for step in self.steps:
+            step.block.module.__dict__["forward"] = partial(step.run, step.block.module)
 
     def remove(self) -> None:
         """All is as it was."""
-        for block in self.blocks:
-            del block.module.__dict__["forward"]
+        for step in self.steps:
+            del step.block.module.__dict__["forward"]
 
-    def call(self, index: int, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """The forward of the block of this number.
+
+class Step:
+    """One block with its side networks.
+
+    Args:
+        block: the block.
+        sides: of each task.
+        frozen: it runs without a graph, on features that all tasks have in common.
+
+    Attributes:
+        follows: it gets a sum from the block before it.
+        after: the step that it hands a sum on to; None if it returns a tensor.
+    """
+
+    def __init__(self, block: Block, sides: Sequence[SideNetwork], *, frozen: bool) -> None:
+        self.block, self.frozen = block, frozen
+        self.parts: tuple[Part | None, ...] = tuple(side.at(block.index) for side in sides)
+        self.tapped = any(part is not None for part in self.parts)
+        self.follows, self.after = False, None
+        self.first = list(inspect.signature(type(block.module).forward).parameters)[1:2]
+
+    after: Step | None
+
+    @property
+    def message(self) -> str:
+        """Of the error where somebody else comes between."""
+        return MESSAGE.format(self.block.path)
+
+    def run(self, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the block, which is given as in a method: Dynamo skips functions without a tensor or module.
 
         Raises:
-            RuntimeError: it gets something else than the block before it returned.
+            RuntimeError: it gets something else than the block before it returned; it got hooks.
             ValueError: a frozen block has something to train; a block that is tapped changes its input, or its shape.
         """
-        z, sums = self._received(index, x)
-        if not self.tapped[index]:
-            return self._frozen(index, z, args, kwargs)
-        version = _version(z)
-        sums = self._gathered(index, z, sums)
-        found = self._frozen(index, z, args, kwargs)
-        self._check(index, z, found, version)
-        adapted = self._adapted(index, found, sums)
-        hands_on = self._follows(index + 1)
-        return HandedOn((adapted, sums), index, self._message(index + 1)) if hands_on else adapted
+        if not args and self.first and self.first[0] in kwargs:
+            args, kwargs = (kwargs[self.first[0]],), {name: kwargs[name] for name in kwargs if name != self.first[0]}
+        z, sums = self._received(args[0] if args else None)
+        if not self.tapped:
+            return self._frozen(module, z, args[1:], kwargs)
+        before = version(z)
+        sums = self._gathered(z, sums)
+        found = self._frozen(module, z, args[1:], kwargs)
+        check_output(self.block, z, found, before)
+        adapted = self._adapted(found, sums)
+        return adapted if self.after is None else HandedOn((adapted, sums), self.after, self.after)
 
-    def _received(self, index: int, x: Any) -> tuple[Tensor, Sums]:
-        if self._follows(index):
-            if not isinstance(x, HandedOn) or x.at != index - 1:
-                raise RuntimeError(f"{self._message(index)} Here it got {type(x).__name__}.")
-            z, sums = x.value
-            return z, sums
-        if not isinstance(x, Tensor):
-            raise RuntimeError(
-                f"{self.blocks[index].path} is side-tuned and gets a tensor, but got {type(x).__name__}."
-            )
-        return x, (None,) * len(self.sides)
+    def __str__(self) -> str:
+        return self.message
 
-    def _follows(self, index: int) -> bool:
-        """Whether a block gets a sum from the one before it."""
-        inside = 0 < index < len(self.blocks) and self.blocks[index].stage == self.blocks[index - 1].stage
-        return inside and self.tapped[index - 1]
+    def _received(self, x: Any) -> tuple[Tensor, Sums]:
+        if self.follows or self.after is not None:
+            check_hooks(self.block)
+        if not self.follows:
+            check_input(self.block, x)
+            return x, (None,) * len(self.parts)
+        if not isinstance(x, HandedOn) or not (torch.compiler.is_compiling() or x.at is self):
+            raise RuntimeError(f"{self.message} Here it got {type(x).__name__}.")
+        z, sums = x.value
+        if torch.is_grad_enabled():
+            check_sums(self, self.parts, sums)
+        return z, sums
 
-    def _gathered(self, index: int, z: Tensor, sums: Sums) -> Sums:
-        pairs = zip(self.sides, self._by_task(z, common=index <= self.adapted), sums, strict=True)
-        return tuple(side.gather(index, part, h) if side.taps_block(index) else None for side, part, h in pairs)
+    def _gathered(self, z: Tensor, sums: Sums) -> Sums:
+        found: list[Factors | None] = []
+        for part, own, before in zip(self.parts, self._by_task(z), sums, strict=True):
+            if part is not None:
+                check_width(self.block, part.tap, own)
+            found.append(None if part is None else part.tap(own, before))
+        return tuple(found)
 
-    def _frozen(self, index: int, z: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        block = self.blocks[index]
-        before = index <= self.adapted
-        if before and torch.is_grad_enabled():
-            self._check_frozen(block, z)
-        with torch.no_grad() if before else contextlib.nullcontext():
-            return type(block.module).forward(block.module, z, *args, **kwargs)
+    def _frozen(self, module: nn.Module, z: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if not self.frozen:
+            return type(module).forward(module, z, *args, **kwargs)
+        if torch.is_grad_enabled():
+            check_frozen(self.block, z, (args, kwargs))
+        with torch.no_grad():
+            return type(module).forward(module, z, *args, **kwargs)
 
-    def _adapted(self, index: int, z: Tensor, sums: Sums) -> Tensor:
-        if index < self.adapted:
+    def _adapted(self, z: Tensor, sums: Sums) -> Tensor:
+        if not any(part is not None and part.adapts for part in self.parts):
             return z
-        parts = self._by_task(z, common=index == self.adapted)
         found = [
-            part if h is None else side.adapt(index, part, h)
-            for side, part, h in zip(self.sides, parts, sums, strict=True)
+            own if part is None or factors is None else part.adapted(own, factors)
+            for part, own, factors in zip(self.parts, self._by_task(z), sums, strict=True)
         ]
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _by_task(self, z: Tensor, *, common: bool) -> Sequence[Tensor]:
-        tasks = len(self.sides)
-        return [z] * tasks if common or tasks == 1 else z.chunk(tasks)
-
-    def _message(self, index: int) -> str:
-        return MESSAGE.format(self.blocks[index].path)
-
-    def _check_frozen(self, block: Block, z: Tensor) -> None:
-        if z.requires_grad:
-            what = f"the input of {block.path} requires grad"
-        elif any(parameter.requires_grad for parameter in block.module.parameters()):
-            what = f"parameters of {block.path} require grad"
-        else:
-            return
-        raise ValueError(
-            f"{what}, but blocks up to {self.blocks[self.adapted].path} are frozen and run without a graph. Do not "
-            "train what is before it, nor the images; or attach with a smaller start."
-        )
-
-    def _check(self, index: int, z: Tensor, found: Any, version: int | None) -> None:
-        path = self.blocks[index].path
-        if not isinstance(found, Tensor) or found.shape != z.shape:
-            made = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise ValueError(
-                f"{path} makes {made} of {tuple(z.shape)}, but a block that is tapped returns a tensor of the same "
-                "shape. Leave it out of attach's blocks."
-            )
-        if version is not None and _version(z) != version:
-            raise ValueError(
-                f"{path} modifies its input in place, which its tap needs in backward. Set inplace=False on its first "
-                "activation, or leave it out of attach's blocks."
-            )
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+    def _by_task(self, z: Tensor) -> Sequence[Tensor]:
+        tasks = len(self.parts)
+        return [z] * tasks if self.frozen or tasks == 1 else z.chunk(tasks)

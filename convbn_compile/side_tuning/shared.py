@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from convbn_compile.side_tuning._backbone import SIDE, fingerprint
-from convbn_compile.side_tuning._blocks import first_adapted
+from convbn_compile.side_tuning._backbone import SIDE
 from convbn_compile.side_tuning._installed import Installed
 from convbn_compile.side_tuning.handle import SideTuned
 
@@ -35,8 +33,9 @@ def share_backbone(handles: Sequence[SideTuned]) -> nn.Module:
     """One network for several tasks that were side-tuned on the same backbone.
 
     Blocks up to the first that a task adapts run once, for all; those behind it run on a batch with a part for each
-    task (DTL's multi-task inference; AAAI 2024). Parameters are shared with the models of the handles, which stay as
-    they are.
+    task (DTL's multi-task inference; AAAI 2024). The modules are copies with the parameters and buffers of the models:
+    train() and eval() of the one leave the others as they are, but to(), float() and the like move the parameters of
+    all. Heads are what the models end with. Of what blocks get besides features, nothing is repeated for the tasks.
 
     Args:
         handles: of attach; starts, ranks and heads may differ.
@@ -60,22 +59,21 @@ def share_backbone(handles: Sequence[SideTuned]) -> nn.Module:
         [(2, 3), (2, 5)]
     """
     _check(handles)
-    first = handles[0]
-    model = _twin(first)
-    sides = [handle.side_network for handle in handles]
+    twins = [_twin(handle) for handle in handles]
+    model, (head,) = twins[0].model, twins[0].head
+    sides = [twin.side_network for twin in twins]
+    model.set_submodule(head, Heads([twin.model.get_submodule(head) for twin in twins]))
     model.add_module(SIDE, SideNetworks(sides))
-    model.set_submodule(first.head[0], Heads(handle.model.get_submodule(first.head[0]) for handle in handles))
-    blocks = [replace(block, module=model.get_submodule(block.path)) for block in first.all_blocks]
-    Installed(blocks, min(first_adapted(blocks, handle.start) for handle in handles), sides)
+    Installed(twins[0].all_blocks, min(handle.adapted for handle in handles), sides)
     return model
 
 
-def _twin(handle: SideTuned) -> nn.Module:
-    """A copy of a model with the same parameters and buffers, frozen, without its side network."""
+def _twin(handle: SideTuned) -> SideTuned:
+    """Of a copy of the model with the same tensors, frozen, that the side network was taken off."""
     tensors = [*handle.model.parameters(), *handle.model.buffers()]
     twin = copy.deepcopy(handle, {id(tensor): tensor for tensor in tensors})
     twin.take_off()
-    return twin.model
+    return twin
 
 
 def _check(handles: Any) -> None:
@@ -84,7 +82,7 @@ def _check(handles: Any) -> None:
         raise TypeError(f"share_backbone needs a list of what attach returned, got {handles!r}.")
     if len(handles) < 2:
         raise ValueError(f"share_backbone needs two handles or more, got {len(handles)}.")
-    first = handles[0]
+    first, common = handles[0], ""
     for number, handle in enumerate(handles):
         if not handle.attached:
             raise ValueError(f"share_backbone: handles[{number}] was detached.")
@@ -95,7 +93,9 @@ def _check(handles: Any) -> None:
             )
         if handle.blocks != first.blocks:
             raise ValueError(f"share_backbone: the models of handles[0] and handles[{number}] have other blocks.")
-        if number and fingerprint(handle.model, (SIDE, *handle.head)) != fingerprint(first.model, (SIDE, *first.head)):
+        found = handle.fingerprint()
+        common = common or found
+        if found != common:
             raise ValueError(
                 f"share_backbone: the backbones of handles[0] and handles[{number}] have other weights, so that they "
                 "have nothing in common to compute once."

@@ -9,7 +9,9 @@ from support import run
 from torch import nn
 from torch.nn import functional as F
 
+from convbn_compile.measure import saved_for_backward
 from convbn_compile.side_tuning import attach
+from convbn_compile.side_tuning._tap import Factors
 
 
 def recursion(blocks, z, taps, start, g, beta):
@@ -111,7 +113,7 @@ def test_channels_first_and_last_agree():
     for one, other in zip(last, first, strict=True):
         other.f.weight.data = one.f.weight.data[:, :, None, None].clone()
         other.f.bias.data = one.f.bias.data.clone()
-    handles = [attach(net, blocks=[""], plus=True, kernel_size=3) for net in (last, first)]
+    handles = [attach(net, blocks=[""], plus=True, kernel_size=3, head=[]) for net in (last, first)]
     with torch.no_grad():
         for one, other in zip(*(handle.side_network.parameters() for handle in handles), strict=True):
             one.normal_()
@@ -120,11 +122,23 @@ def test_channels_first_and_last_agree():
     torch.testing.assert_close(last(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), first(x), rtol=1e-12, atol=1e-12)
 
 
-def test_the_sum_is_float32_under_autocast():
+def test_a_sum_of_many_is_rounded_once():
+    """In low precision h is one product, accumulated in float32, and its swish no overflow of beta h."""
+    torch.manual_seed(0)
     net = nn.Sequential(*(Residual(mlp()) for _ in range(4)))
-    handle = attach(net, blocks=[""])
-    with torch.autocast("cpu", torch.bfloat16):
-        h = handle.side_network.gather(0, torch.randn(2, 6), None)
-        assert handle.side_network.taps["0"](torch.randn(2, 6)).dtype == torch.bfloat16
-    assert h.dtype == torch.float32
-    assert handle.side_network.adapt(3, torch.zeros(2, 6).bfloat16(), h).dtype == torch.bfloat16
+    part = attach(net, blocks=[""], head=[]).side_network.at(3)
+    u, c = torch.randn(64, 256).bfloat16(), torch.randn(6, 256).bfloat16()
+    exact = u.double() @ c.double().T
+    error = (part.tap.product(Factors(u, c)).double() - exact).abs().max()
+    assert error <= 2**-8 * exact.abs().max()
+    assert part._change(torch.full((1, 2), 60.0).half(), torch.full((6, 2), 60.0).half()).isfinite().all()
+
+
+def test_what_is_as_large_as_the_features_is_computed_again():
+    """Of a block that is adapted the rank-d' factors are saved, neither h nor its swish."""
+    net = nn.Sequential(*(Residual(nn.Linear(64, 64)) for _ in range(6)))
+    attach(net, blocks=[""], head=[], start=0, rank=2, plus=False)
+    x = torch.randn(32, 64)
+    features = 5 * x.numel() * 4  # what taps read, the first x not counted
+    factors = sum(2 * count for count in range(1, 7)) * (32 + 64) * 4
+    assert saved_for_backward(net, net, x) <= features + 2 * factors

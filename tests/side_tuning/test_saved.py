@@ -41,8 +41,8 @@ def test_share_of_full_fine_tuning(name, batch, rank, goal):
 
 def test_a_frozen_bottleneck_saves_bits():
     """In eager mode autograd keeps the inputs of frozen convolutions and norms."""
-    block = make("torchvision bottlenecks").float().layer3[1].requires_grad_(requires_grad=False)
-    x = torch.randn(8, 1024, 4, 4, requires_grad=True)
+    block = make("torchvision bottlenecks").float().layer2[1].requires_grad_(requires_grad=False)
+    x = torch.randn(8, 512, 12, 12, requires_grad=True)
     tuned = torch.compile(block, backend="convbn_tune", options={"lowering": "aot_eager"})
     plain = torch.compile(block, backend="aot_eager_decomp_partition")
     eager, plain, tuned = (saved_for_backward(function, block, x) for function in (block, plain, tuned))

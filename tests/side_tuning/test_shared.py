@@ -8,7 +8,7 @@ from reversible.nets import NETS, image, make
 from support import relative_errors
 from torch import nn
 
-from convbn_compile.side_tuning import attach, share_backbone
+from convbn_compile.side_tuning import attach, handle_of, share_backbone
 
 
 def tasks(name, starts, **arguments):
@@ -64,6 +64,15 @@ def test_parameters_are_shared():
         torch.testing.assert_close(shared(x)[1], handles[1].model(x), rtol=1e-10, atol=1e-10)
 
 
+def test_modes_are_not_shared():
+    handles = tasks("timm ViT", (1, 1))
+    for handle in handles:
+        handle.model.train()
+    shared = share_backbone(handles).eval()
+    assert all(module.training for handle in handles for module in handle.model.modules())
+    assert not any(module.training for module in shared.modules())
+
+
 def test_compiled():
     handles, x = tasks("torchvision bottlenecks", (4, 5)), image()
     shared = share_backbone(handles)
@@ -87,7 +96,7 @@ def test_errors():
     with torch.no_grad():
         other.norm.bias[0] += 1
     with pytest.raises(ValueError, match="have other weights"):
-        share_backbone([handles[0], other._convbn_side_tuned])
+        share_backbone([handles[0], handle_of(other)])
     handles[1].detach()
     with pytest.raises(ValueError, match=r"handles\[1\] was detached"):
         share_backbone(handles)
