@@ -43,7 +43,7 @@ declare_torchvision_operators()
 import torchvision  # noqa: E402  needs the operators
 from torchvision.models.resnet import Bottleneck  # noqa: E402
 
-PRETRAINED, DEEP = "EfficientNet-Lite0", "ResNet-47"
+PRETRAINED, DEEP = "EfficientNet-Lite0", "ResNet"
 EFFICIENTNET_CHAINS = [
     ["_blocks.6", "_blocks.7"],
     ["_blocks.9", "_blocks.10"],
@@ -65,13 +65,16 @@ class Network:
     optimizer: Callable[[nn.Module], torch.optim.Optimizer] = lambda model: torch.optim.AdamW(model.parameters(), 1e-3)
 
 
-def networks(image_size: int) -> list[Network]:
-    """The pretrained one and the deep one."""
+def networks(image_size: int, blocks: int) -> dict[str, Network]:
+    """The pretrained one, and the deep one with so many blocks in stage 3."""
     torch.manual_seed(0)
     lite = load_model(image_size)
     lite._global_params = lite._global_params._replace(drop_connect_rate=None)
-    deep = torchvision.models.ResNet(Bottleneck, [1, 1, 12, 1], num_classes=10, width_per_group=16)
-    return [Network(PRETRAINED, lite, EFFICIENTNET_CHAINS, lambda model: adamw(model, 1e-5)), Network(DEEP, deep)]
+    deep = torchvision.models.ResNet(Bottleneck, [1, 1, blocks, 1], num_classes=10, width_per_group=16)
+    return {
+        PRETRAINED: Network(PRETRAINED, lite, EFFICIENTNET_CHAINS, lambda model: adamw(model, 1e-5)),
+        DEEP: Network(f"ResNet-{2 + 3 * (3 + blocks)}", deep),
+    }
 
 
 @torch.no_grad()
@@ -175,6 +178,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--networks", nargs="*", choices=(PRETRAINED, DEEP), default=(PRETRAINED, DEEP), help="to train"
     )
+    parser.add_argument("--blocks", type=int, default=12, help="of stage 3 of the deep ResNet; 12 make it a ResNet-47")
     parser.add_argument("--depths", nargs="+", type=int, default=DEPTHS, help="blocks of stage 3, for the plot")
     parser.add_argument("--steps", type=int, default=40, help="training steps of each contender")
     parser.add_argument("--batch-size", type=int, default=16, help="images per step")
@@ -192,8 +196,8 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 64  # a model that breaks at its chains is compiled block by block
     digits = load_digits(4000, args.test_images, args.seed)
     figures: dict[str, Any] = {}
-    for network in networks(args.image_size):
-        if network.name not in args.networks:
+    for chosen, network in networks(args.image_size, args.blocks).items():
+        if chosen not in args.networks:
             continue
         if network.chains is None:
             set_statistics(network.model, digits[0], args)

@@ -2,6 +2,7 @@
 
     python examples/finetune_repvgg.py mobileone_s0 --shape 4 3 128 128
     python examples/finetune_repvgg.py repvgg_a0 fastvit_t8 --lowering aot_eager
+    python examples/finetune_repvgg.py my_models.py:small_repvgg
 
 RepVGG, MobileOne, FastViT, RepViT and RepGhost train several convolutions side by side and add them up for inference
 only. Merged, they train as the network that inference will have, one line away:
@@ -11,8 +12,8 @@ only. Merged, they train as the network that inference will have, one line away:
 Four contenders are fine-tuned side by side: eager Eval, Inductor Eval, the merged network in Tune mode, and, as the
 limit, timm's re-parameterised network, which has other parameters. A step is forward and backward, without the
 optimizer's. The first layer is frozen: that is usual, and on CPUs it keeps torch 2.11 to 2.15 from a crash in the
-gradient of a strided 1x1 convolution's weight, where its input is an image in channels_last. Networks are timm's, with
-random weights and the batch norm statistics of the batch.
+gradient of a strided 1x1 convolution's weight, where its input is an image in channels_last. Networks are timm's, or
+made of timm's blocks by a callable in a Python file, with random weights and the batch norm statistics of the batch.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ from torch import Tensor, nn
 from tqdm import tqdm, trange
 
 from convbn_compile.measure import saved_for_backward
-from convbn_compile.models import declare_torchvision_operators
+from convbn_compile.models import declare_torchvision_operators, load_model
 
 MIB = 2**20
 
 
 def make(name: str, images: Tensor) -> nn.Module:
-    """A network of timm, with the running statistics of some images and its first layer frozen."""
+    """A network of timm, or of path.py:callable, with the running statistics of some images, its first layer frozen."""
     import timm
 
-    model: nn.Module = timm.create_model(name, num_classes=10)
+    model: nn.Module = load_model(name) if ".py:" in name else timm.create_model(name, num_classes=10)
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     with torch.no_grad():
         for norm in norms:
@@ -134,7 +135,7 @@ def compare(name: str, shape: tuple[int, ...], lowering: str, steps: int) -> lis
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=["mobileone_s0"], help="names of timm's models")
+    parser.add_argument("models", nargs="*", default=["mobileone_s0"], help="of timm, or path.py:callable")
     parser.add_argument("--shape", type=int, nargs=4, default=(4, 3, 128, 128), help="of the batch")
     parser.add_argument("--lowering", choices=("aot_eager", "inductor"), default="inductor")
     parser.add_argument("--steps", type=int, default=20)

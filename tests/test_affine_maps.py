@@ -329,8 +329,7 @@ def levit_and_layer_scale(net, x):
     return levit(net, x) * net.gamma
 
 
-@pytest.mark.parametrize("lowering", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("lowering", "bias"), [("aot_eager", True), ("aot_eager", False), ("inductor", True)])
 @pytest.mark.parametrize("how", [of_rows, levit, layer_scale, convnext, product, levit_and_layer_scale])
 def test_linear_layers_fold(how, bias, lowering):
     assert_as_eager(LinearNorm(how, bias=bias), double(6, 3, 5), folded=1, lowering=lowering)

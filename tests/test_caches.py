@@ -37,6 +37,7 @@ def probe(folder, *asked, package=None):
     """What a new process sees of each thing asked for; `package` is the folder to import convbn_compile from."""
     path = os.pathsep.join([str(package or Path(convbn_compile.__file__).parents[1]), str(TESTS)])
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder), "PYTHONPATH": path}
+    environment |= {"TORCHINDUCTOR_VEC_ISA_OK": "1"}  # else a new folder has the compiler tried out for seconds
     done = subprocess.run(
         [sys.executable, TESTS / "cache_probe.py", json.dumps(asked)],
         env=environment,

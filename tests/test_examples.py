@@ -58,9 +58,9 @@ def test_help(name, helps):
 
 
 def test_saved_bytes(tmp_path):
-    printed = run("saved_bytes.py", "resnet18", "--shape", 4, 3, 128, 128, "--json", tmp_path / "saved.json")
-    assert "Tune" in printed
-    row = json.loads((tmp_path / "saved.json").read_text())["bytes"]["resnet18"]
+    name, shape = "timm:test_resnet", ["--shape", 4, 3, 128, 128]
+    assert "Tune" in run("saved_bytes.py", name, *shape, "--json", tmp_path / "saved.json")
+    row = json.loads((tmp_path / "saved.json").read_text())["bytes"][name]
     assert row["Tune"] < row["fused network"] < row["Inductor Eval"]
 
 
@@ -72,21 +72,22 @@ def test_finetune(tmp_path):
 
 
 def test_fold_cost():
-    printed = run("fold_cost.py", "resnet18", "--shape", 1, 3, 32, 32, "--steps", 2, "--lowering", "aot_eager")
+    printed = run("fold_cost.py", "branches", "--shape", 1, 8, 8, 8, "--steps", 2, "--lowering", "aot_eager")
     assert 'fold="always"' in printed
 
 
 def test_finetune_repvgg():
     arguments = ["--shape", 2, 3, 64, 64, "--steps", 2, "--lowering", "aot_eager", "--threads", 1]
-    lines = run("finetune_repvgg.py", "repvgg_a0", *arguments).splitlines()
+    small = f"{Path(__file__).parent / 'test_reparameterisable.py'}:repvgg"
+    lines = run("finetune_repvgg.py", small, *arguments).splitlines()
     (tune,) = (line.split() for line in lines if line.startswith("Tune, merged"))
     assert float(tune[-1]) <= 1e-10  # the largest difference of a gradient, in float64
 
 
 def test_deploy_latency(tmp_path):
-    arguments = ["--batch", 2, "--size", 64, "--calls", 2, "--lowering", "aot_eager"]
-    assert "fused, Inductor" in run("deploy_latency.py", "resnet18", *arguments, "--json", tmp_path / "latency.json")
-    row = json.loads((tmp_path / "latency.json").read_text())["latency"]["resnet18, batch 2"]
+    name, arguments = "timm:test_resnet", ["--batch", 2, "--size", 64, "--calls", 2, "--lowering", "aot_eager"]
+    assert "fused, Inductor" in run("deploy_latency.py", name, *arguments, "--json", tmp_path / "latency.json")
+    row = json.loads((tmp_path / "latency.json").read_text())["latency"][f"{name}, batch 2"]
     assert row["Deploy"]["ms"] > row["check"]["ms"] > 0
 
 
@@ -101,16 +102,16 @@ def test_train_and_evaluate():
 
 def test_memory_budget(tmp_path):
     arguments = ["--shape", 1, 3, 64, 64, "--budgets", "pointwise", "--json", tmp_path / "budget.json"]
-    assert "peak, Tune" in run("memory_budget.py", "resnet18", *arguments)
+    assert "peak, Tune" in run("memory_budget.py", "timm:test_resnet", *arguments)
     row = json.loads((tmp_path / "budget.json").read_text())["bytes"]["pointwise"]
     assert 0 < row["tune"]["saved_bytes"] <= row["eval"]["saved_bytes"]
 
 
 def test_dr2net(tmp_path):
-    sizes = ["--steps", 2, "--batch-size", 2, "--test-images", 20, "--depths", 3, 6]
-    assert "Dr²Net" in run("dr2net.py", "--networks", "ResNet-47", *sizes, "--out", tmp_path)
+    sizes = ["--steps", 2, "--batch-size", 2, "--test-images", 20, "--blocks", 3, "--depths", 3, 4]
+    assert "Dr²Net" in run("dr2net.py", "--networks", "ResNet", *sizes, "--out", tmp_path)
     figures = json.loads((tmp_path / "dr2net.json").read_text())
-    assert figures["ResNet-47"]["Dr²Net"]["saved MiB"] < figures["ResNet-47"]["full fine-tuning"]["saved MiB"]
+    assert figures["ResNet-20"]["Dr²Net"]["saved MiB"] < figures["ResNet-20"]["full fine-tuning"]["saved MiB"]
     assert figures["stage 3, MiB"]["Dr²Net, end of schedule"][1] < figures["stage 3, MiB"]["Tune"][1]
     assert (tmp_path / "dr2net.png").exists()
 

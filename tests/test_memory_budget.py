@@ -106,7 +106,7 @@ def test_aotautograds_solver_is_not_monotone_and_ours_is_and_says_so():
     assert note == "memory budget 0.95 in place of 0.7: AOTAutograd saves 0.01 MiB less with it"
 
 
-@pytest.mark.parametrize("seed", [*range(4), None])
+@pytest.mark.parametrize("seed", [*range(2), None])
 def test_monotone_and_never_above_plain(seed, monkeypatch):
     """Of any two budgets, the smaller never saves more; nor does Tune save more than Eval."""
     plain, tuned = joints(not_monotone() if seed is None else random_net(seed), (2, 3, 16, 16))
@@ -187,12 +187,15 @@ def test_no_number_changes(budget):
     assert_as_eager(small(), x, folded=3, memory_budget=budget)
 
 
-def random_numbers(wrap, lowering, budget, mode="tune"):
+def around_noise():
+    return pair(3, 8, act=nn.SiLU()), Noisy(), pair(8, 8, act=nn.SiLU())
+
+
+def random_numbers(wrap, lowering, budget, mode="tune", body=around_noise):
     """Output and gradients of a network that draws random numbers, from one seed."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    body = [pair(3, 8, act=nn.SiLU()), Noisy(), pair(8, 8, act=nn.SiLU())]
-    net = randomise(wrap(*body)).double()
+    net = randomise(wrap(*body())).double()
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
     function = compiled(net, mode=mode, lowering=lowering, memory_budget=budget)
     torch.manual_seed(1)
@@ -216,7 +219,12 @@ def test_random_numbers_are_not_drawn_again_at_a_configured_budget():
 
 
 def test_random_numbers_are_not_drawn_again_by_inductor():
-    wanted, found = (random_numbers(nn.Sequential, "inductor", budget) for budget in (1.0, 0.01))
+    """A convolution keeps what is made of them."""
+
+    def body():
+        return Noisy(), pair(3, 8)
+
+    wanted, found = (random_numbers(nn.Sequential, "inductor", budget, body=body) for budget in (1.0, 0.01))
     assert max(relative_errors(found, wanted).values()) < 1e-8
 
 

@@ -1,4 +1,4 @@
-"""Re-parameterisable networks, with few blocks of each kind: right, and they cost what timm's conversion leaves.
+"""Re-parameterisable networks, with a few blocks of each kind: right, and they cost what timm's conversion leaves.
 
 The whole ones are in the zoo.
 """
@@ -19,30 +19,25 @@ from convbn_compile.saved_bytes import saved_bytes
 
 def repvgg():
     config = byobnet.model_cfgs["repvgg_a0"]
-    return byobnet.ByobNet(replace(config, blocks=[replace(stage, d=min(stage.d, 2)) for stage in config.blocks]))
+    return byobnet.ByobNet(replace(config, blocks=[replace(stage, d=2) for stage in config.blocks[:2]]))
 
 
 def mobileone():
     config = byobnet.model_cfgs["mobileone_s0"]
-    return byobnet.ByobNet(replace(config, blocks=[stage[:2] for stage in config.blocks]))
+    return byobnet.ByobNet(replace(config, blocks=[stage[:2] for stage in config.blocks[:2]]))
 
 
 def repghost_net():
     """Of kernel size, expansion, channels, squeeze and excite, stride."""
-    stages = [
-        [[3, 8, 16, 0, 1]],
-        [[3, 24, 24, 0, 2]],
-        [[3, 36, 24, 0, 1]],
-        [[5, 36, 40, 0.25, 2], [5, 60, 40, 0.25, 1]],
-    ]
+    stages = [[[3, 8, 16, 0, 1]], [[3, 24, 24, 0, 2]], [[5, 36, 40, 0.25, 2], [5, 60, 40, 0.25, 1]]]
     return repghost.RepGhostNet(stages, width=0.5)
 
 
 MODELS = {
-    "RepVGG": (repvgg, 8),
-    "MobileOne": (mobileone, 29),
-    "FastViT": (lambda: timm.create_model("fastvit_t8", layers=(1, 1, 1, 1)), 10),
-    "RepViT": (lambda: timm.create_model("repvit_m0_9", depth=(1, 1, 1, 1)), 7),
+    "RepVGG": (repvgg, 5),
+    "MobileOne": (mobileone, 15),
+    "FastViT": (lambda: timm.create_model("fastvit_t8", layers=(1, 1), embed_dims=(48, 96)), 6),
+    "RepViT": (lambda: timm.create_model("repvit_m0_9", depth=(2, 1), embed_dim=(48, 96)), 4),
     "RepGhostNet": (repghost_net, 0),
 }
 """How each is made, and how many convolutions merge."""

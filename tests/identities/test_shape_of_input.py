@@ -77,8 +77,10 @@ def test_an_input_that_is_kept_anyway_is_read():
     assert_as_eager(model, x)
 
 
-@pytest.mark.parametrize("lowering", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+WAYS = [("aot_eager", torch.contiguous_format), ("aot_eager", torch.channels_last), ("inductor", torch.channels_last)]
+
+
+@pytest.mark.parametrize(("lowering", "memory_format"), WAYS)
 def test_as_eager(lowering, memory_format):
     x = double(2, 8, 6, 6).to(memory_format=memory_format).detach().requires_grad_()
     assert_as_eager(net(), x, lowering=lowering)

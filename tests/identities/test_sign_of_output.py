@@ -53,7 +53,7 @@ def test_backward_reads_the_output(activation):
 
 @pytest.mark.parametrize("activation", [nn.LeakyReLU(0.1), nn.ELU(0.7)], ids=str)
 def test_generated_code(activation):
-    assert_as_eager(net(activation), double(2, 4, 8, 8), lowering="inductor")
+    assert_as_eager(net(activation)[:5], double(2, 4, 8, 8), lowering="inductor")
 
 
 def test_no_exponential_in_16_bits():
