@@ -9,6 +9,7 @@ import torch
 import torchvision
 from reversible.nets import Residual, chain_of, image, make
 from torch import nn
+from torchvision.models import resnet
 
 from convbn_compile.measure import saved_for_backward
 from convbn_compile.reversible import _chain, make_reversible
@@ -380,3 +381,13 @@ def test_resnet_152_stage_3(arguments, share):
     ordinary = saved(stage, x)
     make_reversible(stage, **arguments)
     assert saved(stage, x) <= share * ordinary
+
+
+def test_a_resnet_under_autocast_saves_half():
+    """Streams in float32, of which each block keeps one, beside activations in bfloat16."""
+    net = nn.Sequential(*(resnet.Bottleneck(64, 16) for _ in range(5))).eval()
+    x = torch.randn(2, 64, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        full = saved(net, x)
+        make_reversible(net, chains=[""])
+        assert saved(net, x) < full / 2
