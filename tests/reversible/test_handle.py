@@ -331,3 +331,17 @@ def test_gradient_error_leaves_no_trace():
 
 def test_the_table_at_beta_0():
     assert "layer3.1 to layer3.3" in str(make_reversible(make("torchvision ResNet"), beta=0.0))
+
+
+def test_hooks_that_come_later():
+    net = make("torchvision ResNet")
+    make_reversible(net)
+    net.layer3[2].register_forward_hook(lambda *call: None)
+    with pytest.raises(RuntimeError, match="has no hooks"):
+        net(image())
+
+
+def test_pickled_after_compiling():
+    net, x = make("torchvision ResNet"), image()
+    make_reversible(net).compile(options={"lowering": "aot_eager"})
+    assert torch.equal(pickle.loads(pickle.dumps(net)).eval()(x), copy.deepcopy(net)(x))
