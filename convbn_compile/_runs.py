@@ -65,8 +65,8 @@ class Named:
 
     Args:
         model: the model.
-        function: and its
-        argument, for messages.
+        function: for messages.
+        argument: likewise.
     """
 
     def __init__(self, model: nn.Module, function: str, argument: str) -> None:
@@ -150,10 +150,15 @@ def check_untouched(path: str, block: nn.Module, consequence: str) -> None:
     Raises:
         ValueError: it has hooks, or a forward of its own.
     """
-    hooks = (block._forward_hooks, block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks)
-    what = "hooks" if any(hooks) else "a forward of its own" if "forward" in block.__dict__ else None
+    what = "hooks" if has_hooks(block) else "a forward of its own" if "forward" in block.__dict__ else None
     if what:
         raise ValueError(f"{path} has {what}, {consequence}")
+
+
+def has_hooks(block: nn.Module) -> bool:
+    """Whether something else runs when the block is called, or in its backward."""
+    hooks = (block._forward_hooks, block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks)
+    return any(len(each) for each in hooks)
 
 
 def joined(path: str, name: str) -> str:

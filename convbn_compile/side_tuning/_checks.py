@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from convbn_compile import _torch
+from convbn_compile._runs import has_hooks
 from convbn_compile.side_tuning._blocks import Block
 from convbn_compile.side_tuning._side_network import Part
 from convbn_compile.side_tuning._tap import Factors, Tap
@@ -35,9 +36,7 @@ def check_hooks(block: Block) -> None:
     Raises:
         RuntimeError: it has hooks.
     """
-    module = block.module
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if any(len(each) for each in hooks):
+    if has_hooks(block.module):
         raise RuntimeError(
             f"{block.path} is side-tuned and has hooks, which would get what blocks hand on, no tensor. Remove them, "
             "or register them on what is inside of the block, or on its stage."
