@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, TypeVar
@@ -67,6 +68,25 @@ def count(value: Any) -> int:
     if value < 1:
         raise ValueError(needed)
     return int(value)
+
+
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def num_bytes(value: Any) -> int:
+    """A number of bytes: an integer of 1 or more, or text such as "300MiB".
+
+    Examples:
+        >>> num_bytes("1.5 GiB")
+        1610612736
+    """
+    if not isinstance(value, str):
+        return count(value)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value.lower())
+    bytes_each = UNITS.get(found[2]) if found else None
+    if not found or not bytes_each or float(found[1]) * bytes_each < 1:
+        raise ValueError(f'a number of bytes is needed, such as 2**30, "300MiB" or "2GiB", got {shown(value)}.')
+    return int(float(found[1]) * bytes_each)
 
 
 def named(value: Any) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from operator import attrgetter
+from itertools import accumulate
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -49,6 +50,7 @@ from torch._subclasses.fake_tensor import (
     FakeCopyMode,
     FakeTensorMode,
 )
+from torch.autograd import profiler_legacy
 from torch.autograd.profiler_legacy import profile
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -115,11 +117,13 @@ __all__ = [
     "GraphPass",
     "Lowered",
     "OnLowered",
+    "allocation_peak",
     "as_traced",
     "batch_norm_ops",
     "cache_dir",
     "compile_apart",
     "compile_caches_in",
+    "compile_for_any_batch",
     "compile_in_place",
     "compile_with_aot_eager",
     "compile_with_inductor",
@@ -155,6 +159,7 @@ __all__ = [
     "keep_output_strides",
     "leaving_no_trace",
     "map_tensors",
+    "mark_batch",
     "memory_budget",
     "mutated_inputs",
     "not_compiled_in_place",
@@ -176,6 +181,7 @@ __all__ = [
     "traced_by_make_fx",
     "undo_compile",
     "undo_redirect_inductor",
+    "unlimited_compiles",
     "versions",
     "visible_through_dynamo",
     "whole",
@@ -223,9 +229,25 @@ def compile_apart(function: Callable[..., Any], **kwargs: Any) -> CompiledFuncti
 
     With `fullgraph` one of NOT_TRACED is raised where there would be a second graph.
     """
+    return compile_for_any_batch(function, dynamic=False, **kwargs)
+
+
+def compile_for_any_batch(function: Callable[..., Any], **kwargs: Any) -> CompiledFunction:
+    """torch.compile with sizes that are fixed but where mark_batch says otherwise, apart as compile_apart."""
     apart: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in _COMPILE_ARGUMENTS else {}
-    compiled: CompiledFunction = torch.compile(function, dynamic=False, **apart, **kwargs)
+    compiled: CompiledFunction = torch.compile(function, **apart, **kwargs)
     return compiled
+
+
+def mark_batch(*tensors: Tensor) -> None:
+    """Let dimension 0 of tensors be of any size in what is compiled for them, where the code allows it."""
+    for tensor in tensors:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+def unlimited_compiles() -> contextlib.AbstractContextManager[Any]:
+    """Dynamo compiles as many modules of one class as there are: before torch 2.13 they share a limit."""
+    return torch._dynamo.config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20)  # type: ignore[no-any-return]
 
 
 def forget_compiled(function: Callable[..., Any]) -> None:
@@ -245,9 +267,8 @@ def leaving_no_trace() -> Iterator[None]:
     """
     sizes: dict[Any, Any] = get_code_state()
     before = copy.deepcopy(dict(sizes))
-    config = torch._dynamo.config
     try:
-        with config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20):
+        with unlimited_compiles():
             yield
     finally:
         sizes.clear()
@@ -853,6 +874,28 @@ def operators_run(function: Callable[[], Any]) -> Counter[str]:
     with profile() as events:  # type: ignore[no-untyped-call]
         function()
     return Counter(event.name for event in events.function_events)
+
+
+def allocation_peak(function: Callable[[], Any]) -> int:
+    """By how many bytes the tensors on the CPU, and what operators allocate inside, rise at most while it runs.
+
+    Hides: the records of profiler_legacy, which come in order and write nothing to stderr.
+    """
+    legacy: Any = profiler_legacy
+    legacy._enable_profiler_legacy(profile(profile_memory=True).config())  # type: ignore[no-untyped-call]
+    try:
+        function()
+    finally:
+        threads = legacy._disable_profiler_legacy()
+    start = next(record for records in threads for record in records if record.name() == "__start_profile")
+    changes = [
+        (start.cpu_elapsed_us(record), record.cpu_memory_usage())
+        for records in threads
+        for record in records
+        if record.kind() == "memory_alloc"
+    ]
+    most: int = max(accumulate((change for _, change in sorted(changes, key=itemgetter(0))), initial=0))
+    return most
 
 
 # --- torch.compile(backend="inductor") ---------------------------------------------------------------------------

@@ -162,6 +162,18 @@ def held(device: torch.device) -> Peak:
     return Peak(torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device))
 
 
+def allocated_peak(function: Callable[[], Any], device: torch.device) -> int:
+    """By how many bytes a call raises what is allocated on a device, at most, what operators need inside included."""
+    if device.type != "cuda":
+        return _torch.allocation_peak(function)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    function()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
 def _peak_of_device(step: Step, before: Peak) -> Peak:
     held(step.device)
     torch.cuda.reset_peak_memory_stats(step.device)

@@ -1,0 +1,67 @@
+"""How far a run of NeuroFlux is: what its manifest says."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+Entry = dict[str, Any]
+"""Of a file: its name and its checksum."""
+
+
+@dataclass
+class State:
+    """Changed as the run goes on, and committed after each change that counts.
+
+    Attributes:
+        settings: what a run that goes on must have in common with the one that began.
+        plan: names, batch size and predicted bytes of each block.
+        start: values before training.
+        block: which is trained now, or is to be next; their number at the end.
+        epoch: how many epochs of it are done.
+        checkpoint: of the block, after the last epoch.
+        source: where its input comes from; None as long as that is not decided.
+        cuts: the blocks whose outputs have been in a cache.
+        cache: of the last of them, for "train" and "val": "rows" and "labels"; None before the first.
+        finished: values of the blocks that are done.
+        runs: what they took.
+        accuracies: of their exits.
+        seconds: of the block so far.
+    """
+
+    settings: dict[str, Any]
+    plan: list[dict[str, Any]]
+    start: Entry
+    block: int = 0
+    epoch: int = 0
+    checkpoint: Entry | None = None
+    source: str | None = "data"
+    cuts: list[int] = field(default_factory=list)
+    cache: dict[str, dict[str, Entry]] | None = None
+    finished: list[Entry] = field(default_factory=list)
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    accuracies: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return asdict(self)
+
+    @staticmethod
+    def read(manifest: dict[str, Any], settings: dict[str, Any], folder: Any) -> State:
+        """Of a manifest.
+
+        Raises:
+            ValueError: it is of a run with other settings, or of something else.
+        """
+        try:
+            state = State(**manifest)
+        except TypeError as error:
+            raise ValueError(f"{folder} holds no run of this version of NeuroFlux. Use another folder.") from error
+        for name, value in settings.items():
+            if state.settings.get(name) != value:
+                raise ValueError(
+                    f"storage: {folder} holds a run with {name} = {state.settings.get(name)!r}, here it is {value!r}. "
+                    "Use the same to go on with that run, or another folder for a new one."
+                )
+        return state

@@ -1,0 +1,414 @@
+"""NeuroFlux: profile a network, plan its blocks for a memory budget, train them one after the other, export an exit."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from convbn_compile import _torch
+from convbn_compile._arguments import count, located, num_bytes, shown
+from convbn_compile._extras import require
+from convbn_compile.local_learning._heads import auxiliary_head
+from convbn_compile.local_learning._local import LocalUnit, Optimizer, resident_bytes, sgd
+from convbn_compile.local_learning._source import Images, check_dataset
+from convbn_compile.local_learning._state import State
+from convbn_compile.local_learning._units import units_of
+from convbn_compile.local_learning.controller import Controller, Training, cache_bytes, check_space, end_of
+from convbn_compile.local_learning.partitioner import Block, Partitioner, Plan
+from convbn_compile.local_learning.profiler import Profile, profiled
+from convbn_compile.local_learning.report import BlockRun, Exit, Report, chosen_exit
+from convbn_compile.local_learning.storage import Storage
+from convbn_compile.options import Options
+
+CACHES = ("auto", "always", "never")
+DTYPES = (torch.float32, torch.float16)
+
+
+class NeuroFlux:
+    """Trains a convolutional network from one local loss to the next, inside of a memory budget (arXiv 2402.14139).
+
+    The network is a list of units. Each gets an auxiliary head and learns from its own loss, so that what backward
+    needs is that of one unit at a time. Consecutive units that need alike are a block; each block is trained with the
+    batch that fills the budget, and what it makes of the data is the data of the next one. The best early exit is
+    exported.
+
+    Where the paper says nothing (widths of heads, grouping, optimizer, choice of the exit), docs/neuroflux.md says what
+    is done here.
+
+    Args:
+        model: a VGG or ResNet of torchvision or timm, or an ordered list (or nn.Sequential) of modules, the last of
+            which is the classifier; each gets the tensor that the one before returns. Trained in place.
+        num_classes: of the classifier.
+        memory_budget: of a step at its peak: bytes, or text such as "300MiB" or "2GiB". Weights, gradients, the
+            optimizer's state, activations and what operators need inside count; images that a loader holds, and what a
+            process or CUDA context needs without tensors, do not.
+        storage: a folder for caches, finished blocks and checkpoints. A run that was killed goes on from there.
+        batch_size_limit: the largest batch.
+        similarity: by how much, relatively, batches of units in a block may differ.
+        exit_tolerance: how far below the best the accuracy of the chosen exit may be, a share of images.
+        margin: the share of the budget that is left free.
+        head_filters: of every head, as in classic local learning (256); by default adaptive.
+        cache: "auto" measures whether reading a block's input from a cache is faster than computing it again; "always",
+            "never". Where reading an image twice gives two images (augmentation), "auto" computes again.
+        cache_dtype: torch.float32, or torch.float16 for half the space.
+        optimizer: from parameters to an optimizer, one for each unit; by default SGD with lr=0.05, momentum=0.9 and
+            weight_decay=5e-4.
+        lr_batch_size: the batch that the optimizer's learning rate is for; other batches get it in proportion.
+        seed: of heads, order and dropout.
+        device: where blocks are trained, one at a time; by default where the model is.
+        options: of torch.compile(backend="convbn_tune"), such as {"lowering": "aot_eager"}.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an argument of a wrong value; a network whose units are not known, or that does not fit.
+
+    Examples:
+        >>> import tempfile
+        >>> from torch.utils.data import TensorDataset
+        >>> unit = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU())
+        >>> net = [unit(3, 8), unit(8, 16), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))]
+        >>> images = TensorDataset(torch.randn(64, 3, 8, 8), torch.randint(4, (64,)))
+        >>> flux = NeuroFlux(net, 4, "2MiB", tempfile.mkdtemp(), options={"lowering": "aot_eager"})
+        >>> report = flux.fit(images, images, epochs=1)
+        >>> flux.export()(torch.randn(2, 3, 8, 8)).shape
+        torch.Size([2, 4])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Sequence[nn.Module],
+        num_classes: int,
+        memory_budget: int | str,
+        storage: str | os.PathLike[str],
+        *,
+        batch_size_limit: int = 512,
+        similarity: float = 0.4,
+        exit_tolerance: float = 0.005,
+        margin: float = 0.1,
+        head_filters: int | None = None,
+        cache: str = "auto",
+        cache_dtype: torch.dtype = torch.float32,
+        optimizer: Optimizer = sgd,
+        lr_batch_size: int = 128,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._units = units_of(model)
+        self.num_classes = located("num_classes", count, num_classes)
+        self.memory_budget = located("memory_budget", num_bytes, memory_budget)
+        self.batch_size_limit = located("batch_size_limit", count, batch_size_limit)
+        self.similarity = _share("similarity", similarity, below=None)
+        self.exit_tolerance = _share("exit_tolerance", exit_tolerance)
+        self.margin = _share("margin", margin)
+        self.head_filters = None if head_filters is None else located("head_filters", count, head_filters)
+        self.cache = _one_of("cache", cache, CACHES)
+        self.cache_dtype = _one_of("cache_dtype", cache_dtype, DTYPES)
+        self.lr_batch_size = located("lr_batch_size", count, lr_batch_size)
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"seed must be an integer of 0 or more, got {shown(seed)}.")
+        if not callable(optimizer):
+            raise TypeError(f"optimizer must be a function from parameters to an optimizer, got {shown(optimizer)}.")
+        if not isinstance(storage, (str, os.PathLike)):
+            raise TypeError(f"storage must be the path of a folder, got {shown(storage)}.")
+        self.seed, self.optimizer, self._folder = seed, optimizer, storage
+        self.options = dict(options or {})
+        Options.parse("train", self.options)
+        first = next(self._units.units[0].module.parameters())
+        self.device = torch.device(first.device if device is None else device)
+        self._locals: list[LocalUnit] = []
+        self._shapes: list[tuple[int, ...]] = []
+        self._profile: Profile | None = None
+        self._plan: Plan | None = None
+        self._report: Report | None = None
+
+    # --- before training -----------------------------------------------------------------------------------------
+
+    def profile(self, example: Tensor, *, progress: bool = True) -> Profile:
+        """Measure what a step of each unit takes, by batch size. Values of the network stay what they are.
+
+        Args:
+            example: images, [N, C, H, W], of which only shape and dtype count.
+            progress: show a bar, on a terminal.
+
+        Returns:
+            Lines with R², as a table (`print`) and a plot (`.plot(path)`).
+
+        Raises:
+            TypeError: `example` is not a tensor.
+            ValueError: the network does not take it, or is not what its units make one after the other.
+        """
+        self._build(example)
+        shapes = list(pairwise([tuple(example.shape[1:]), *self._shapes]))
+        budget = self.memory_budget * (1.0 - self.margin)
+        tqdm = require("tqdm", extra="local-learning").tqdm
+        found = []
+        with torch.random.fork_rng(), _torch.unlimited_compiles():
+            torch.manual_seed(self.seed)
+            for local, both in tqdm(
+                list(zip(self._locals, shapes, strict=True)), "profile", leave=False, disable=None if progress else True
+            ):
+                home = next(local.parameters()).device
+                local.to(self.device)
+                found.append(profiled(local, both, self.optimizer, budget, self.batch_size_limit))
+                local.to(home)
+        self._profile, self._plan = Profile(tuple(found)), None
+        return self._profile
+
+    def plan(self) -> Plan:
+        """Group units into blocks, and find each block's batch size.
+
+        Returns:
+            The blocks, as a table (`print`).
+
+        Raises:
+            ValueError: profile was not called; a unit does not fit into the budget with a single image.
+        """
+        if self._profile is None:
+            raise ValueError("plan needs a profile: call profile(example) before, with images like those of training.")
+        fixed = sum(map(resident_bytes, self._locals)) if self.cache == "never" else 0
+        partitioner = Partitioner(self.memory_budget, self.margin, self.batch_size_limit, self.similarity, fixed)
+        self._plan = partitioner.plan(self._profile.units)
+        return self._plan
+
+    def _build(self, example: Tensor) -> None:
+        """The units with their heads."""
+        if not isinstance(example, Tensor):
+            raise TypeError(f"profile: example must be a tensor of images [N, C, H, W], got {shown(example)}.")
+        shapes = self._traced(example)
+        if self._locals and shapes == self._shapes:
+            return
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            heads = [self._head(index, shape) for index, shape in enumerate(shapes)]
+        pairs = zip(self._units.units, heads, strict=True)
+        self._locals, self._shapes = [LocalUnit(unit, head, self.options) for unit, head in pairs], shapes
+
+    def _head(self, index: int, shape: tuple[int, ...]) -> nn.Module:
+        unit = self._units.units[index]
+        if index == len(self._units.units) - 1:
+            return self._units.classifier
+        like = next(unit.module.parameters())
+        try:
+            return auxiliary_head(shape, self.num_classes, self.head_filters).to(like.device, like.dtype)
+        except ValueError as error:
+            raise ValueError(f"unit {unit.name}: {error}") from error
+
+    @torch.no_grad()
+    def _traced(self, example: Tensor) -> list[tuple[int, ...]]:
+        """Shapes of the units' outputs for one image; the whole is what the model computes."""
+        modules = [unit.module for unit in self._units.units]
+        whole = nn.Sequential(*modules, self._units.classifier)
+        modes = {module: module.training for module in whole.modules()}
+        like = next(modules[0].parameters())
+        value, shapes = example[:2].to(like.device), []
+        images = value.clone()
+        try:
+            whole.eval()
+            for unit in self._units.units:
+                value = unit.module(value)
+                if not isinstance(value, Tensor):
+                    raise ValueError(f"unit {unit.name} returns {type(value).__name__}; a unit has to return a tensor.")
+                shapes.append(tuple(value.shape[1:]))
+            self._check_output(self._units.classifier(value), images)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        return shapes
+
+    def _check_output(self, logits: Tensor, images: Tensor) -> None:
+        if logits.shape != (len(images), self.num_classes):
+            raise ValueError(
+                f"num_classes = {self.num_classes}, but the network returns {list(logits.shape)} for {len(images)} "
+                "images: give it a classifier with as many outputs."
+            )
+        model = self._units.model
+        if model is None:
+            return
+        training = {module: module.training for module in model.modules()}
+        try:
+            same = torch.allclose(logits, model.eval()(images), rtol=1e-4, atol=1e-5)
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+        if not same:
+            raise ValueError(
+                f"NeuroFlux: {type(model).__name__} computes something else than its units one after the other, so its "
+                "forward must be another one than its class has. Give it as a list of modules."
+            )
+
+    # --- training ------------------------------------------------------------------------------------------------
+
+    def fit(self, train: Dataset[Any], val: Dataset[Any], epochs: int, *, progress: bool = True) -> Report:
+        """Train block after block; in a storage with a run that was killed, what is left of it.
+
+        Decisions are logged to "convbn_compile.local_learning". Afterwards the network is in eval mode.
+
+        Args:
+            train: a dataset with a length, of pairs: an image [C, H, W] and its class, an int.
+            val: likewise; exits are chosen by it.
+            epochs: of each block.
+            progress: show bars, on a terminal.
+
+        Returns:
+            What it came to, as tables (`print`).
+
+        Raises:
+            TypeError: an argument of the wrong type.
+            ValueError: the storage has a run with other settings, or not enough space; nothing fits; an item of a
+                dataset is no such pair; a class is out of range.
+            ModuleNotFoundError: numpy or tqdm is not installed.
+        """
+        epochs = located("epochs", count, epochs)
+        check_dataset("train", train)
+        check_dataset("val", val)
+        data = {name: Images(each, self.num_classes) for name, each in (("train", train), ("val", val))}
+        example, _ = next(data["train"].batches([torch.arange(min(2, len(data["train"])))]))
+        self._build(example)
+        storage = Storage(self._folder)
+        settings = self._settings(epochs, data)
+        manifest = storage.manifest()
+        if manifest is None:
+            state = self._begin(storage, settings, example, data, progress=progress)
+        else:
+            state = State.read(manifest, settings, storage.folder)
+        blocks = [
+            Block(each["first"], tuple(each["names"]), each["batch_size"], each["predicted"]) for each in state.plan
+        ]
+        self._plan = Plan(tuple(blocks), self.memory_budget, self.margin)
+        training = Training(
+            self.optimizer, self.lr_batch_size, epochs, self.seed, self.cache, self.cache_dtype, self.device
+        )
+        controller = Controller(
+            self._locals, self._shapes, self._plan, training, data, storage, state, progress=progress
+        )
+        controller.run()
+        self._report = self._reported(state, example)
+        return self._report
+
+    def _begin(
+        self, storage: Storage, settings: dict[str, Any], example: Tensor, data: dict[str, Images], *, progress: bool
+    ) -> State:
+        """A new run; what cannot end well does not begin."""
+        if self._profile is None:
+            self.profile(example, progress=progress)
+        plan = self._plan or self.plan()
+        if self.cache == "always":
+            images = sum(map(len, data.values()))
+            sizes = [cache_bytes(images, self._shapes[block.units[-1]], self.cache_dtype) for block in plan.blocks[:-1]]
+            check_space(storage, max(map(sum, pairwise([0, *sizes])), default=0))
+        start = storage.save("start.pt", [local.state_dict() for local in self._locals])
+        state = State(settings, [asdict(block) for block in plan.blocks], start)
+        storage.commit(state.to_dict())
+        return state
+
+    def _settings(self, epochs: int, data: dict[str, Images]) -> dict[str, Any]:
+        """What a run that goes on must have in common with the one that began."""
+        optimizer = self.optimizer(self._locals[0].trained())
+        return {
+            "units": [[local.name, *(list(one.shape) for one in local.parameters())] for local in self._locals],
+            "num_classes": self.num_classes,
+            "memory_budget": self.memory_budget,
+            "batch_size_limit": self.batch_size_limit,
+            "similarity": self.similarity,
+            "margin": self.margin,
+            "cache": self.cache,
+            "cache_dtype": str(self.cache_dtype),
+            "optimizer": f"{type(optimizer).__name__} {optimizer.defaults}",
+            "lr_batch_size": self.lr_batch_size,
+            "seed": self.seed,
+            "epochs": epochs,
+            "images": [len(one) for one in data.values()],
+        }
+
+    # --- afterwards ----------------------------------------------------------------------------------------------
+
+    def exits(self) -> tuple[Exit, ...]:
+        """All exits, with accuracy and parameters.
+
+        Raises:
+            ValueError: fit was not called.
+        """
+        return self._done().exits
+
+    def export(self, exit: str | int = "best") -> nn.Module:
+        """A copy of the network that ends at an exit, in eval mode.
+
+        Args:
+            exit: "best", the earliest whose accuracy is within `exit_tolerance` of the best; "last", the whole network;
+                or the number or name of a unit.
+
+        Returns:
+            From images to logits.
+
+        Raises:
+            ValueError: there is no such exit; fit was not called.
+        """
+        report = self._done()
+        named: dict[Any, int] = {each.name: each.unit for each in report.exits}
+        named |= {each.unit: each.unit for each in report.exits}
+        named |= {"best": report.chosen.unit, "last": len(report.exits) - 1}
+        if isinstance(exit, bool) or exit not in named:
+            raise ValueError(
+                f'exit must be "best", "last", or one of {[each.name for each in report.exits]} or its number, got '
+                f"{shown(exit)}."
+            )
+        return copy.deepcopy(end_of(self._locals, named[exit])).eval()
+
+    def _done(self) -> Report:
+        if self._report is None:
+            raise ValueError("There are no exits yet: call fit(train, val, epochs) before.")
+        return self._report
+
+    def _reported(self, state: State, example: Tensor) -> Report:
+        for local in self._locals:
+            local.eval()
+        ends = [end_of(self._locals, index) for index in range(len(self._locals))]
+        sizes = [sum(parameter.numel() for parameter in end.parameters()) for end in ends]
+        rows = zip(self._locals, state.accuracies, sizes, strict=True)
+        exits = tuple(Exit(index, local.name, right, size) for index, (local, right, size) in enumerate(rows))
+        chosen = chosen_exit(exits, self.exit_tolerance)
+        images = example[:1].expand(32, *example.shape[1:]).to(self.device)
+        ratio = _seconds(ends[-1], images) / _seconds(ends[chosen.unit], images)
+        runs = tuple(
+            BlockRun(
+                tuple(run["names"]), run["batch_size"], run["predicted"], run["measured"], run["seconds"], run["source"]
+            )
+            for run in state.runs
+        )
+        return Report(self.memory_budget, runs, exits, chosen, sizes[-1], ratio)
+
+
+@torch.no_grad()
+def _seconds(model: nn.Module, images: Tensor) -> float:
+    """Of a call, the fastest of five."""
+    found = []
+    for _ in range(5):
+        began = time.perf_counter()
+        model(images).sum().item()
+        found.append(time.perf_counter() - began)
+    return min(found)
+
+
+def _share(name: str, value: Any, below: float | None = 1.0) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {shown(value)}.")
+    if value < 0.0 or (below is not None and value >= below):
+        limits = "0 or more" if below is None else f"from 0 to below {below:g}"
+        raise ValueError(f"{name} must be {limits}, got {value!r}.")
+    return float(value)
+
+
+def _one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {shown(value)}.")
+    return value

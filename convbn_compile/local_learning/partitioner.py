@@ -1,0 +1,143 @@
+"""The Partitioner: which units are trained together, and by which batch, so that it fits a budget of memory.
+
+    M_k(b) = fixed + sum_{l in k} resident_l + max_{l in k} (p_l - resident_l + q_l b)
+    B_k    = clamp(floor(b : M_k(b) = s budget), 1, limit),   s = 1 - margin
+
+resident_l are the bytes of unit l's parameters, buffers and optimizer state, all of which are there while the block
+is; p_l and q_l are the Profiler's. A block opens at unit i with B_i, the batch of the unit alone, and takes on the next
+unit l while |B_l - B_i| <= similarity B_i and the batch of all of them together is not below (1 - similarity) B_i.
+Source: NeuroFlux (arXiv 2402.14139); its grouping rule is not public, this is the one that its figures suggest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tabulate import tabulate
+
+from convbn_compile.estimate import MIB
+from convbn_compile.local_learning.profiler import UnitProfile
+
+
+@dataclass(frozen=True)
+class Block:
+    """Units that are trained together.
+
+    Attributes:
+        first: number of the first unit.
+        names: of the units.
+        batch_size: what they are trained with.
+        predicted: bytes of a step, at the peak.
+    """
+
+    first: int
+    names: tuple[str, ...]
+    batch_size: int
+    predicted: int
+
+    @property
+    def units(self) -> range:
+        """Numbers of its units."""
+        return range(self.first, self.first + len(self.names))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The blocks of a network, in order.
+
+    Attributes:
+        blocks: the blocks.
+        memory_budget: bytes that a step may take.
+        margin: the share of them that is left free.
+    """
+
+    blocks: tuple[Block, ...]
+    memory_budget: int
+    margin: float
+
+    def __str__(self) -> str:
+        rows = [
+            [
+                index,
+                f"{block.names[0]} to {block.names[-1]}" if len(block.names) > 1 else block.names[0],
+                len(block.names),
+                block.batch_size,
+                f"{block.predicted / MIB:.2f}",
+            ]
+            for index, block in enumerate(self.blocks)
+        ]
+        title = f"{self.memory_budget / MIB:.2f} MiB, of which {100 * self.margin:.0f} % are left free"
+        return title + "\n" + tabulate(rows, headers=("block", "units", "number", "batch size", "MiB predicted"))
+
+
+@dataclass(frozen=True)
+class Partitioner:
+    """Makes a plan.
+
+    Attributes:
+        memory_budget: bytes.
+        margin: the share of them that is left free.
+        limit: the largest batch.
+        similarity: by how much, relatively, batches in a block may differ.
+        fixed: bytes that are always there beside the block.
+    """
+
+    memory_budget: int
+    margin: float
+    limit: int
+    similarity: float
+    fixed: int = 0
+
+    def plan(self, units: Sequence[UnitProfile]) -> Plan:
+        """The blocks of a network.
+
+        Raises:
+            ValueError: a unit does not fit with a single image.
+        """
+        self._check(max(units, key=lambda unit: self._bytes_at([unit], 1)))
+        groups: list[list[UnitProfile]] = []
+        for unit in units:
+            if groups and self._joins(groups[-1], unit):
+                groups[-1].append(unit)
+            else:
+                groups.append([unit])
+        blocks, first = [], 0
+        for group in groups:
+            batch = self._batch(group)
+            predicted = math.ceil(self._bytes_at(group, batch))
+            blocks.append(Block(first, tuple(unit.name for unit in group), batch, predicted))
+            first += len(group)
+        return Plan(tuple(blocks), self.memory_budget, self.margin)
+
+    def _joins(self, group: Sequence[UnitProfile], unit: UnitProfile) -> bool:
+        alone, opened = self._batch([unit]), self._batch(group[:1])
+        together = self._bytes_at([*group, unit], 1) <= self._usable and self._batch([*group, unit])
+        return abs(alone - opened) <= self.similarity * opened and together >= (1.0 - self.similarity) * opened
+
+    @property
+    def _usable(self) -> float:
+        return self.memory_budget * (1.0 - self.margin)
+
+    def _bytes_at(self, group: Sequence[UnitProfile], batch: int) -> float:
+        """M_k(b)."""
+        resident = self.fixed + sum(unit.resident for unit in group)
+        return resident + max(unit.passing + unit.slope * batch for unit in group)
+
+    def _batch(self, group: Sequence[UnitProfile]) -> int:
+        """B_k."""
+        resident = self.fixed + sum(unit.resident for unit in group)
+        left = self._usable - resident
+        largest = min((left - unit.passing) / max(unit.slope, 1.0) for unit in group)
+        return max(1, min(int(largest), self.limit))
+
+    def _check(self, unit: UnitProfile) -> None:
+        needed = self._bytes_at([unit], 1)
+        if needed > self._usable:
+            least = needed / (1.0 - self.margin) / MIB
+            raise ValueError(
+                f"memory_budget: unit {unit.name} does not fit into {self.memory_budget / MIB:.2f} MiB with a single "
+                f"image, which takes {needed / MIB:.2f} MiB beside a margin of {100 * self.margin:.0f} %. The least "
+                f"budget for it is {least:.2f} MiB."
+            )

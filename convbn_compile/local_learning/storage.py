@@ -1,0 +1,195 @@
+"""Storage: what a run keeps in a folder, so that it can go on where it was killed.
+
+    manifest.json      what is done, and the checksum of every other file; replaced atomically, the last thing written
+    start.pt           the units and heads before training
+    checkpoint_*.pt    the block in training after its last epoch: values and optimizers
+    block_*.pt         a finished block
+    cache_*.npy        the outputs of a finished block for every image, in the order of the dataset, memory-mapped
+
+A file counts once the manifest names it. Whatever it replaces is deleted afterwards, never before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convbn_compile._extras import require
+
+MANIFEST = "manifest.json"
+PROBE = 2**24
+"""Bytes that the speed of the storage is measured with."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of a storage, in bytes a second."""
+
+    write: float
+    read: float
+
+
+class Storage:
+    """A folder.
+
+    Args:
+        folder: is made if there is none.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, name: str) -> Path:
+        """Of a file."""
+        return self.folder / name
+
+    def manifest(self) -> dict[str, Any] | None:
+        """What was committed last; None in a new folder."""
+        file = self.path(MANIFEST)
+        if not file.exists():
+            return None
+        try:
+            read = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(
+                f"{file} is not a manifest of NeuroFlux: {error}. Use another folder as storage."
+            ) from error
+        if not isinstance(read, dict):
+            raise ValueError(f"{file} is not a manifest of NeuroFlux. Use another folder as storage.")
+        return read
+
+    def commit(self, manifest: dict[str, Any]) -> None:
+        """Replace the manifest, so that either the old or the new one is there whatever happens."""
+        new = self.path(MANIFEST + ".new")
+        new.write_text(json.dumps(manifest, indent=1))
+        _replace(new, self.path(MANIFEST))
+
+    def save(self, name: str, value: Any) -> dict[str, str]:
+        """Write a file of tensors.
+
+        Returns:
+            What the manifest is to say of it.
+        """
+        new = self.path(name + ".new")
+        torch.save(value, new)
+        entry = {"file": name, "sha256": checksum(new)}
+        _replace(new, self.path(name))
+        return entry
+
+    def load(self, entry: dict[str, Any]) -> Any:
+        """What save wrote, on the CPU.
+
+        Raises:
+            ValueError: it is not there, or not what was written.
+        """
+        if not self.intact(entry):
+            raise ValueError(
+                f"{self.path(entry['file'])} is missing or damaged: its checksum is not that of the manifest. "
+                "Training cannot go on from it; use a new folder as storage."
+            )
+        return torch.load(self.path(entry["file"]), map_location="cpu", weights_only=True)
+
+    def intact(self, entry: dict[str, Any]) -> bool:
+        """Whether a file is what was written."""
+        file = self.path(entry["file"])
+        return file.is_file() and checksum(file) == entry["sha256"]
+
+    def delete(self, entries: Iterable[dict[str, Any] | None]) -> None:
+        """Files that the manifest names no more."""
+        for entry in entries:
+            if entry is not None:
+                self.path(entry["file"]).unlink(missing_ok=True)
+
+    @property
+    def free(self) -> int:
+        """Bytes."""
+        return shutil.disk_usage(self.folder).free
+
+    def speed(self) -> Speed:
+        """As measured with a file that does not stay in memory."""
+        file, content = self.path("probe.new"), os.urandom(PROBE)
+        began = time.perf_counter()
+        with file.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        written = time.perf_counter()
+        file.read_bytes()
+        read = time.perf_counter()
+        file.unlink()
+        return Speed(PROBE / (written - began), PROBE / (read - written))
+
+
+class CacheWriter:
+    """Writes the rows of a cache one batch after the other.
+
+    Args:
+        storage: where.
+        name: of the file.
+        shape: of the whole, [n, ...].
+        dtype: float32 or float16.
+    """
+
+    def __init__(self, storage: Storage, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._storage, self._name, self._dtype = storage, name, dtype
+        self._new = storage.path(name + ".new")
+        self._rows = _numpy().lib.format.open_memmap(self._new, "w+", str(dtype).removeprefix("torch."), shape)
+        self._filled = 0
+
+    def append(self, rows: Tensor) -> None:
+        """The next of them, [b, ...]."""
+        end = self._filled + len(rows)
+        self._rows[self._filled : end] = rows.to("cpu", self._dtype).numpy()
+        self._filled = end
+
+    def close(self) -> dict[str, str]:
+        """Returns: what the manifest is to say of it."""
+        assert self._filled == len(self._rows), f"{self._filled} of {len(self._rows)} rows of a cache were written"
+        self._rows.flush()
+        del self._rows
+        entry = {"file": self._name, "sha256": checksum(self._new)}
+        _replace(self._new, self._storage.path(self._name))
+        return entry
+
+
+def opened(file: Path) -> Any:
+    """The rows of a cache, memory-mapped: an array of numpy that reads what is asked of it."""
+    return _numpy().load(file, mmap_mode="r")
+
+
+def checksum(file: Path) -> str:
+    """SHA-256."""
+    found = hashlib.sha256()
+    with file.open("rb") as stream:
+        while part := stream.read(2**20):
+            found.update(part)
+    return found.hexdigest()
+
+
+def _numpy() -> Any:
+    return require("numpy", extra="local-learning")
+
+
+def _replace(new: Path, old: Path) -> None:
+    """Put a file in place of another, on the disk and not in its buffers only."""
+    with new.open("rb") as stream:
+        os.fsync(stream.fileno())
+    new.replace(old)
+    folder = os.open(old.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
