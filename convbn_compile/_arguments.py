@@ -89,6 +89,32 @@ def num_bytes(value: Any) -> int:
     return int(float(found[1]) * bytes_each)
 
 
+def share(name: str, value: Any, below: float = 1.0) -> float:
+    """A number of 0 or more, and below a limit.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {shown(value)}.")
+    if not 0.0 <= value < below:
+        limits = "0 or more" if below == float("inf") else f"from 0 to below {below:g}"
+        raise ValueError(f"{name} must be {limits}, got {value!r}.")
+    return float(value)
+
+
+def one_of(name: str, value: Any, allowed: Sequence[Value]) -> Value:
+    """One of some values.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {shown(value)}.")
+    return value  # type: ignore[no-any-return]
+
+
 def named(value: Any) -> dict[str, Any]:
     """Keyword arguments; none for None."""
     if value is None:

@@ -72,10 +72,6 @@ class LocalUnit(nn.Module):
         """What its optimizer gets."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
-    def exit_model(self, before: Iterable[nn.Module]) -> nn.Sequential:
-        """The network that ends here: the units before, this one, and the head."""
-        return nn.Sequential(*before, self.unit, self.head)
-
 
 def resident_bytes(module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
     """Bytes of parameters, buffers and the optimizer's state."""

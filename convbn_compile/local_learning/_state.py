@@ -43,6 +43,12 @@ class State:
     accuracies: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
+    @property
+    def entries(self) -> list[Entry]:
+        """Of all files that are still needed."""
+        cached = [entry for entries in (self.cache or {}).values() for entry in entries.values()]
+        return [self.start, *self.finished, *cached, *([self.checkpoint] if self.checkpoint else [])]
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it."""
         return asdict(self)

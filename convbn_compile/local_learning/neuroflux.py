@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
@@ -15,22 +14,19 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from convbn_compile import _torch
-from convbn_compile._arguments import count, located, num_bytes, shown
-from convbn_compile._extras import require
-from convbn_compile.local_learning._heads import auxiliary_head
-from convbn_compile.local_learning._local import LocalUnit, Optimizer, resident_bytes, sgd
+from convbn_compile._arguments import count, located, num_bytes, one_of, share, shown
+from convbn_compile.local_learning._inputs import Training, cache_bytes, check_space, progress_bar
+from convbn_compile.local_learning._local import Optimizer, resident_bytes, sgd
+from convbn_compile.local_learning._network import Network, built
 from convbn_compile.local_learning._source import Images, check_dataset
 from convbn_compile.local_learning._state import State
 from convbn_compile.local_learning._units import units_of
-from convbn_compile.local_learning.controller import Controller, Training, cache_bytes, check_space, end_of
+from convbn_compile.local_learning.controller import Controller
 from convbn_compile.local_learning.partitioner import Block, Partitioner, Plan
 from convbn_compile.local_learning.profiler import Profile, profiled
-from convbn_compile.local_learning.report import BlockRun, Exit, Report, chosen_exit
+from convbn_compile.local_learning.report import Exit, Report, reported
 from convbn_compile.local_learning.storage import Storage
 from convbn_compile.options import Options
-
-CACHES = ("auto", "always", "never")
-DTYPES = (torch.float32, torch.float16)
 
 
 class NeuroFlux:
@@ -107,12 +103,12 @@ class NeuroFlux:
         self.num_classes = located("num_classes", count, num_classes)
         self.memory_budget = located("memory_budget", num_bytes, memory_budget)
         self.batch_size_limit = located("batch_size_limit", count, batch_size_limit)
-        self.similarity = _share("similarity", similarity, below=None)
-        self.exit_tolerance = _share("exit_tolerance", exit_tolerance)
-        self.margin = _share("margin", margin)
+        self.similarity = share("similarity", similarity, below=float("inf"))
+        self.exit_tolerance = share("exit_tolerance", exit_tolerance)
+        self.margin = share("margin", margin)
         self.head_filters = None if head_filters is None else located("head_filters", count, head_filters)
-        self.cache = _one_of("cache", cache, CACHES)
-        self.cache_dtype = _one_of("cache_dtype", cache_dtype, DTYPES)
+        self.cache = one_of("cache", cache, ("auto", "always", "never"))
+        self.cache_dtype = one_of("cache_dtype", cache_dtype, (torch.float32, torch.float16))
         self.lr_batch_size = located("lr_batch_size", count, lr_batch_size)
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise ValueError(f"seed must be an integer of 0 or more, got {shown(seed)}.")
@@ -120,24 +116,21 @@ class NeuroFlux:
             raise TypeError(f"optimizer must be a function from parameters to an optimizer, got {shown(optimizer)}.")
         if not isinstance(storage, (str, os.PathLike)):
             raise TypeError(f"storage must be the path of a folder, got {shown(storage)}.")
-        self.seed, self.optimizer, self._folder = seed, optimizer, storage
+        self.seed, self.optimizer, self.storage = seed, optimizer, storage
         self.options = dict(options or {})
         Options.parse("train", self.options)
         first = next(self._units.units[0].module.parameters())
         self.device = torch.device(first.device if device is None else device)
-        self._locals: list[LocalUnit] = []
-        self._shapes: list[tuple[int, ...]] = []
+        self._network: Network | None = None
         self._profile: Profile | None = None
         self._plan: Plan | None = None
         self._report: Report | None = None
-
-    # --- before training -----------------------------------------------------------------------------------------
 
     def profile(self, example: Tensor, *, progress: bool = True) -> Profile:
         """Measure what a step of each unit takes, by batch size. Values of the network stay what they are.
 
         Args:
-            example: images, [N, C, H, W], of which only shape and dtype count.
+            example: images [N, C, H, W], of which only shape and dtype count.
             progress: show a bar, on a terminal.
 
         Returns:
@@ -146,21 +139,23 @@ class NeuroFlux:
         Raises:
             TypeError: `example` is not a tensor.
             ValueError: the network does not take it, or is not what its units make one after the other.
+            ModuleNotFoundError: tqdm is not installed.
         """
-        self._build(example)
-        shapes = list(pairwise([tuple(example.shape[1:]), *self._shapes]))
-        budget = self.memory_budget * (1.0 - self.margin)
-        tqdm = require("tqdm", extra="local-learning").tqdm
-        found = []
-        with torch.random.fork_rng(), _torch.unlimited_compiles():
+        if not isinstance(example, Tensor):
+            raise TypeError(f"profile: example must be a tensor of images [N, C, H, W], got {shown(example)}.")
+        network = self._build(example)
+        shapes = pairwise([tuple(example.shape[1:]), *network.shapes])
+        each = list(zip(network.units, shapes, strict=True))
+        budget, found = self.memory_budget * (1.0 - self.margin), []
+        bar = progress_bar(len(each), "profile", show=progress)
+        with torch.random.fork_rng(), _torch.unlimited_compiles(), bar:
             torch.manual_seed(self.seed)
-            for local, both in tqdm(
-                list(zip(self._locals, shapes, strict=True)), "profile", leave=False, disable=None if progress else True
-            ):
-                home = next(local.parameters()).device
-                local.to(self.device)
-                found.append(profiled(local, both, self.optimizer, budget, self.batch_size_limit))
-                local.to(home)
+            for unit, both in each:
+                home = next(unit.parameters()).device
+                unit.to(self.device)
+                found.append(profiled(unit, both, self.optimizer, budget, self.batch_size_limit))
+                unit.to(home)
+                bar.update()
         self._profile, self._plan = Profile(tuple(found)), None
         return self._profile
 
@@ -173,80 +168,12 @@ class NeuroFlux:
         Raises:
             ValueError: profile was not called; a unit does not fit into the budget with a single image.
         """
-        if self._profile is None:
+        if self._profile is None or self._network is None:
             raise ValueError("plan needs a profile: call profile(example) before, with images like those of training.")
-        fixed = sum(map(resident_bytes, self._locals)) if self.cache == "never" else 0
+        fixed = sum(map(resident_bytes, self._network.units)) if self.cache == "never" else 0
         partitioner = Partitioner(self.memory_budget, self.margin, self.batch_size_limit, self.similarity, fixed)
         self._plan = partitioner.plan(self._profile.units)
         return self._plan
-
-    def _build(self, example: Tensor) -> None:
-        """The units with their heads."""
-        if not isinstance(example, Tensor):
-            raise TypeError(f"profile: example must be a tensor of images [N, C, H, W], got {shown(example)}.")
-        shapes = self._traced(example)
-        if self._locals and shapes == self._shapes:
-            return
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
-            heads = [self._head(index, shape) for index, shape in enumerate(shapes)]
-        pairs = zip(self._units.units, heads, strict=True)
-        self._locals, self._shapes = [LocalUnit(unit, head, self.options) for unit, head in pairs], shapes
-
-    def _head(self, index: int, shape: tuple[int, ...]) -> nn.Module:
-        unit = self._units.units[index]
-        if index == len(self._units.units) - 1:
-            return self._units.classifier
-        like = next(unit.module.parameters())
-        try:
-            return auxiliary_head(shape, self.num_classes, self.head_filters).to(like.device, like.dtype)
-        except ValueError as error:
-            raise ValueError(f"unit {unit.name}: {error}") from error
-
-    @torch.no_grad()
-    def _traced(self, example: Tensor) -> list[tuple[int, ...]]:
-        """Shapes of the units' outputs for one image; the whole is what the model computes."""
-        modules = [unit.module for unit in self._units.units]
-        whole = nn.Sequential(*modules, self._units.classifier)
-        modes = {module: module.training for module in whole.modules()}
-        like = next(modules[0].parameters())
-        value, shapes = example[:2].to(like.device), []
-        images = value.clone()
-        try:
-            whole.eval()
-            for unit in self._units.units:
-                value = unit.module(value)
-                if not isinstance(value, Tensor):
-                    raise ValueError(f"unit {unit.name} returns {type(value).__name__}; a unit has to return a tensor.")
-                shapes.append(tuple(value.shape[1:]))
-            self._check_output(self._units.classifier(value), images)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-        return shapes
-
-    def _check_output(self, logits: Tensor, images: Tensor) -> None:
-        if logits.shape != (len(images), self.num_classes):
-            raise ValueError(
-                f"num_classes = {self.num_classes}, but the network returns {list(logits.shape)} for {len(images)} "
-                "images: give it a classifier with as many outputs."
-            )
-        model = self._units.model
-        if model is None:
-            return
-        training = {module: module.training for module in model.modules()}
-        try:
-            same = torch.allclose(logits, model.eval()(images), rtol=1e-4, atol=1e-5)
-        finally:
-            for module, mode in training.items():
-                module.training = mode
-        if not same:
-            raise ValueError(
-                f"NeuroFlux: {type(model).__name__} computes something else than its units one after the other, so its "
-                "forward must be another one than its class has. Give it as a list of modules."
-            )
-
-    # --- training ------------------------------------------------------------------------------------------------
 
     def fit(self, train: Dataset[Any], val: Dataset[Any], epochs: int, *, progress: bool = True) -> Report:
         """Train block after block; in a storage with a run that was killed, what is left of it.
@@ -273,64 +200,19 @@ class NeuroFlux:
         check_dataset("val", val)
         data = {name: Images(each, self.num_classes) for name, each in (("train", train), ("val", val))}
         example, _ = next(data["train"].batches([torch.arange(min(2, len(data["train"])))]))
-        self._build(example)
-        storage = Storage(self._folder)
-        settings = self._settings(epochs, data)
-        manifest = storage.manifest()
+        network, storage = self._build(example), Storage(self.storage)
+        settings, manifest = self._settings(network, epochs, data), storage.manifest()
         if manifest is None:
             state = self._begin(storage, settings, example, data, progress=progress)
         else:
             state = State.read(manifest, settings, storage.folder)
-        blocks = [
-            Block(each["first"], tuple(each["names"]), each["batch_size"], each["predicted"]) for each in state.plan
-        ]
-        self._plan = Plan(tuple(blocks), self.memory_budget, self.margin)
+        plan = Plan(tuple(Block(**block) for block in state.plan), self.memory_budget, self.margin)
         training = Training(
             self.optimizer, self.lr_batch_size, epochs, self.seed, self.cache, self.cache_dtype, self.device
         )
-        controller = Controller(
-            self._locals, self._shapes, self._plan, training, data, storage, state, progress=progress
-        )
-        controller.run()
-        self._report = self._reported(state, example)
+        Controller(network, plan, training, data, storage, state, progress=progress).run()
+        self._plan, self._report = plan, reported(network, state, plan, self.exit_tolerance, example.to(self.device))
         return self._report
-
-    def _begin(
-        self, storage: Storage, settings: dict[str, Any], example: Tensor, data: dict[str, Images], *, progress: bool
-    ) -> State:
-        """A new run; what cannot end well does not begin."""
-        if self._profile is None:
-            self.profile(example, progress=progress)
-        plan = self._plan or self.plan()
-        if self.cache == "always":
-            images = sum(map(len, data.values()))
-            sizes = [cache_bytes(images, self._shapes[block.units[-1]], self.cache_dtype) for block in plan.blocks[:-1]]
-            check_space(storage, max(map(sum, pairwise([0, *sizes])), default=0))
-        start = storage.save("start.pt", [local.state_dict() for local in self._locals])
-        state = State(settings, [asdict(block) for block in plan.blocks], start)
-        storage.commit(state.to_dict())
-        return state
-
-    def _settings(self, epochs: int, data: dict[str, Images]) -> dict[str, Any]:
-        """What a run that goes on must have in common with the one that began."""
-        optimizer = self.optimizer(self._locals[0].trained())
-        return {
-            "units": [[local.name, *(list(one.shape) for one in local.parameters())] for local in self._locals],
-            "num_classes": self.num_classes,
-            "memory_budget": self.memory_budget,
-            "batch_size_limit": self.batch_size_limit,
-            "similarity": self.similarity,
-            "margin": self.margin,
-            "cache": self.cache,
-            "cache_dtype": str(self.cache_dtype),
-            "optimizer": f"{type(optimizer).__name__} {optimizer.defaults}",
-            "lr_batch_size": self.lr_batch_size,
-            "seed": self.seed,
-            "epochs": epochs,
-            "images": [len(one) for one in data.values()],
-        }
-
-    # --- afterwards ----------------------------------------------------------------------------------------------
 
     def exits(self) -> tuple[Exit, ...]:
         """All exits, with accuracy and parameters.
@@ -353,62 +235,61 @@ class NeuroFlux:
         Raises:
             ValueError: there is no such exit; fit was not called.
         """
-        report = self._done()
-        named: dict[Any, int] = {each.name: each.unit for each in report.exits}
-        named |= {each.unit: each.unit for each in report.exits}
-        named |= {"best": report.chosen.unit, "last": len(report.exits) - 1}
-        if isinstance(exit, bool) or exit not in named:
-            raise ValueError(
-                f'exit must be "best", "last", or one of {[each.name for each in report.exits]} or its number, got '
-                f"{shown(exit)}."
-            )
-        return copy.deepcopy(end_of(self._locals, named[exit])).eval()
+        report, network = self._done(), self._network
+        assert network is not None
+        numbers: dict[Any, int] = {"best": report.chosen.unit, "last": len(report.exits) - 1}
+        for each in report.exits:
+            numbers |= {each.name: each.unit, each.unit: each.unit}
+        if isinstance(exit, bool) or exit not in numbers:
+            names = [each.name for each in report.exits]
+            raise ValueError(f'exit must be "best", "last", or one of {names} or its number, got {shown(exit)}.')
+        return copy.deepcopy(network.until(numbers[exit])).eval()
 
     def _done(self) -> Report:
         if self._report is None:
             raise ValueError("There are no exits yet: call fit(train, val, epochs) before.")
         return self._report
 
-    def _reported(self, state: State, example: Tensor) -> Report:
-        for local in self._locals:
-            local.eval()
-        ends = [end_of(self._locals, index) for index in range(len(self._locals))]
-        sizes = [sum(parameter.numel() for parameter in end.parameters()) for end in ends]
-        rows = zip(self._locals, state.accuracies, sizes, strict=True)
-        exits = tuple(Exit(index, local.name, right, size) for index, (local, right, size) in enumerate(rows))
-        chosen = chosen_exit(exits, self.exit_tolerance)
-        images = example[:1].expand(32, *example.shape[1:]).to(self.device)
-        ratio = _seconds(ends[-1], images) / _seconds(ends[chosen.unit], images)
-        runs = tuple(
-            BlockRun(
-                tuple(run["names"]), run["batch_size"], run["predicted"], run["measured"], run["seconds"], run["source"]
-            )
-            for run in state.runs
-        )
-        return Report(self.memory_budget, runs, exits, chosen, sizes[-1], ratio)
+    def _build(self, example: Tensor) -> Network:
+        """Units with heads, the same ones for images of the same shape."""
+        network = built(self._units, example, self.num_classes, self.head_filters, self.options, self.seed)
+        if self._network is None or self._network.shapes != network.shapes:
+            self._network, self._profile, self._plan = network, None, None
+        return self._network
 
+    def _begin(
+        self, storage: Storage, settings: dict[str, Any], example: Tensor, data: dict[str, Images], *, progress: bool
+    ) -> State:
+        """A new run; what cannot end well does not begin."""
+        network = self._build(example)
+        if self._profile is None:
+            self.profile(example, progress=progress)
+        plan = self._plan or self.plan()
+        if self.cache == "always":
+            images = sum(map(len, data.values()))
+            shapes = [network.shapes[block.units[-1]] for block in plan.blocks[:-1]]
+            sizes = [cache_bytes(images, shape, self.cache_dtype) for shape in shapes]
+            check_space(storage, max(map(sum, pairwise([0, *sizes])), default=0))
+        start = storage.save("start.pt", [unit.state_dict() for unit in network.units])
+        state = State(settings, [asdict(block) for block in plan.blocks], start)
+        storage.commit(state.to_dict(), state.entries)
+        return state
 
-@torch.no_grad()
-def _seconds(model: nn.Module, images: Tensor) -> float:
-    """Of a call, the fastest of five."""
-    found = []
-    for _ in range(5):
-        began = time.perf_counter()
-        model(images).sum().item()
-        found.append(time.perf_counter() - began)
-    return min(found)
-
-
-def _share(name: str, value: Any, below: float | None = 1.0) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {shown(value)}.")
-    if value < 0.0 or (below is not None and value >= below):
-        limits = "0 or more" if below is None else f"from 0 to below {below:g}"
-        raise ValueError(f"{name} must be {limits}, got {value!r}.")
-    return float(value)
-
-
-def _one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {shown(value)}.")
-    return value
+    def _settings(self, network: Network, epochs: int, data: dict[str, Images]) -> dict[str, Any]:
+        """What a run that goes on must have in common with the one that began."""
+        optimizer = self.optimizer(network.units[0].trained())
+        return {
+            "units": [[unit.name, *(list(one.shape) for one in unit.parameters())] for unit in network.units],
+            "num_classes": self.num_classes,
+            "memory_budget": self.memory_budget,
+            "batch_size_limit": self.batch_size_limit,
+            "similarity": self.similarity,
+            "margin": self.margin,
+            "cache": self.cache,
+            "cache_dtype": str(self.cache_dtype),
+            "optimizer": f"{type(optimizer).__name__} {optimizer.defaults}",
+            "lr_batch_size": self.lr_batch_size,
+            "seed": self.seed,
+            "epochs": epochs,
+            "images": [len(one) for one in data.values()],
+        }

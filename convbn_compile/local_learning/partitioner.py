@@ -30,12 +30,14 @@ class Block:
         names: of the units.
         batch_size: what they are trained with.
         predicted: bytes of a step, at the peak.
+        resident: those of them that are there before and after it.
     """
 
     first: int
     names: tuple[str, ...]
     batch_size: int
     predicted: int
+    resident: int
 
     @property
     def units(self) -> range:
@@ -107,28 +109,31 @@ class Partitioner:
         for group in groups:
             batch = self._batch(group)
             predicted = math.ceil(self._bytes_at(group, batch))
-            blocks.append(Block(first, tuple(unit.name for unit in group), batch, predicted))
+            names = tuple(unit.name for unit in group)
+            blocks.append(Block(first, names, batch, predicted, self._resident(group)))
             first += len(group)
         return Plan(tuple(blocks), self.memory_budget, self.margin)
 
     def _joins(self, group: Sequence[UnitProfile], unit: UnitProfile) -> bool:
-        alone, opened = self._batch([unit]), self._batch(group[:1])
-        together = self._bytes_at([*group, unit], 1) <= self._usable and self._batch([*group, unit])
+        if self._bytes_at([*group, unit], 1) > self._usable:
+            return False
+        alone, opened, together = self._batch([unit]), self._batch(group[:1]), self._batch([*group, unit])
         return abs(alone - opened) <= self.similarity * opened and together >= (1.0 - self.similarity) * opened
 
     @property
     def _usable(self) -> float:
         return self.memory_budget * (1.0 - self.margin)
 
+    def _resident(self, group: Sequence[UnitProfile]) -> int:
+        return self.fixed + sum(unit.resident for unit in group)
+
     def _bytes_at(self, group: Sequence[UnitProfile], batch: int) -> float:
         """M_k(b)."""
-        resident = self.fixed + sum(unit.resident for unit in group)
-        return resident + max(unit.passing + unit.slope * batch for unit in group)
+        return self._resident(group) + max(unit.passing + unit.slope * batch for unit in group)
 
     def _batch(self, group: Sequence[UnitProfile]) -> int:
         """B_k."""
-        resident = self.fixed + sum(unit.resident for unit in group)
-        left = self._usable - resident
+        left = self._usable - self._resident(group)
         largest = min((left - unit.passing) / max(unit.slope, 1.0) for unit in group)
         return max(1, min(int(largest), self.limit))
 

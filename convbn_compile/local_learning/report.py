@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from tabulate import tabulate
+from torch import Tensor, nn
 
 from convbn_compile.estimate import MIB
+from convbn_compile.local_learning._network import Network
+from convbn_compile.local_learning._state import State
+from convbn_compile.local_learning.partitioner import Plan
+
+THROUGHPUT_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -124,3 +132,36 @@ def chosen_exit(exits: Sequence[Exit], tolerance: float) -> Exit:
     """
     best = max(each.accuracy for each in exits)
     return next(each for each in exits if each.accuracy >= best - tolerance)
+
+
+def reported(network: Network, state: State, plan: Plan, tolerance: float, images: Tensor) -> Report:
+    """Of a run that is done, whose network is in eval mode afterwards.
+
+    Args:
+        network: trained.
+        state: at the end.
+        plan: the blocks.
+        tolerance: of the chosen exit.
+        images: to call it with, at least one, where the network is.
+    """
+    ends = [network.until(index).eval() for index in range(len(network.units))]
+    sizes = [sum(parameter.numel() for parameter in end.parameters()) for end in ends]
+    rows = zip(network.units, state.accuracies, sizes, strict=True)
+    exits = tuple(Exit(index, unit.name, accuracy, size) for index, (unit, accuracy, size) in enumerate(rows))
+    chosen = chosen_exit(exits, tolerance)
+    batch = images[:1].expand(THROUGHPUT_BATCH, *images.shape[1:])
+    ratio = _seconds(ends[-1], batch) / _seconds(ends[chosen.unit], batch)
+    runs = zip(plan.blocks, state.runs, strict=True)
+    blocks = tuple(BlockRun(names=block.names, predicted=block.predicted, **run) for block, run in runs)
+    return Report(plan.memory_budget, blocks, exits, chosen, sizes[-1], ratio)
+
+
+@torch.no_grad()
+def _seconds(model: nn.Module, images: Tensor) -> float:
+    """Of a call, the fastest of five."""
+    found = []
+    for _ in range(5):
+        began = time.perf_counter()
+        model(images).sum().item()
+        found.append(time.perf_counter() - began)
+    return min(found)

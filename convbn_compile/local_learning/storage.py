@@ -4,9 +4,11 @@
     start.pt           the units and heads before training
     checkpoint_*.pt    the block in training after its last epoch: values and optimizers
     block_*.pt         a finished block
+    labels_*.pt        the classes that belong to a cache
     cache_*.npy        the outputs of a finished block for every image, in the order of the dataset, memory-mapped
 
-A file counts once the manifest names it. Whatever it replaces is deleted afterwards, never before.
+A file counts once the manifest names it. Whatever it replaces is deleted afterwards, never before; so is what a run
+that was killed left behind.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable
@@ -27,6 +30,8 @@ from torch import Tensor
 from convbn_compile._extras import require
 
 MANIFEST = "manifest.json"
+OURS = re.compile(r"start\.pt|(checkpoint|block|cache|labels)_\w+\.(pt|npy)(\.new)?|probe\.new")
+"""Names of the files that the manifest has to name."""
 PROBE = 2**24
 """Bytes that the speed of the storage is measured with."""
 
@@ -69,11 +74,20 @@ class Storage:
             raise ValueError(f"{file} is not a manifest of NeuroFlux. Use another folder as storage.")
         return read
 
-    def commit(self, manifest: dict[str, Any]) -> None:
-        """Replace the manifest, so that either the old or the new one is there whatever happens."""
+    def commit(self, manifest: dict[str, Any], needed: Iterable[dict[str, Any]]) -> None:
+        """Replace the manifest, so that either the old or the new one is there whatever happens; then tidy up.
+
+        Args:
+            manifest: the new one.
+            needed: entries of the files that it names; others of ours are deleted.
+        """
         new = self.path(MANIFEST + ".new")
         new.write_text(json.dumps(manifest, indent=1))
         _replace(new, self.path(MANIFEST))
+        kept = {entry["file"] for entry in needed}
+        for file in self.folder.iterdir():
+            if OURS.fullmatch(file.name) and file.name not in kept:
+                file.unlink()
 
     def save(self, name: str, value: Any) -> dict[str, str]:
         """Write a file of tensors.
@@ -104,12 +118,6 @@ class Storage:
         """Whether a file is what was written."""
         file = self.path(entry["file"])
         return file.is_file() and checksum(file) == entry["sha256"]
-
-    def delete(self, entries: Iterable[dict[str, Any] | None]) -> None:
-        """Files that the manifest names no more."""
-        for entry in entries:
-            if entry is not None:
-                self.path(entry["file"]).unlink(missing_ok=True)
 
     @property
     def free(self) -> int:

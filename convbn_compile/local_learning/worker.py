@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -137,8 +137,3 @@ def shuffled(number: int, batch_size: int) -> list[Tensor]:
 def in_order(number: int, batch_size: int) -> list[Tensor]:
     """All numbers of images in order, batch by batch."""
     return list(torch.split(torch.arange(number), batch_size))
-
-
-def rows(source: Source, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """All of a source, in order."""
-    return source.batches(in_order(len(source), batch_size))

@@ -1,0 +1,120 @@
+"""A network as units with heads, built for images of one shape, and compared with the model that it was taken from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convbn_compile.local_learning._heads import auxiliary_head
+from convbn_compile.local_learning._local import LocalUnit
+from convbn_compile.local_learning._units import Units
+
+RTOL, ATOL = 1e-4, 1e-5
+"""By how much a model may differ from its units one after the other; another kernel for the same is no difference."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """Units with heads.
+
+    Attributes:
+        units: in order; the head of the last is the network's own classifier.
+        shapes: of their outputs for one image.
+    """
+
+    units: tuple[LocalUnit, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    def until(self, index: int) -> nn.Sequential:
+        """The network that ends at a unit, with its head."""
+        *before, last = self.units[: index + 1]
+        return nn.Sequential(*(unit.unit for unit in before), last.unit, last.head)
+
+
+def built(
+    units: Units, example: Tensor, num_classes: int, head_filters: int | None, options: Mapping[str, Any], seed: int
+) -> Network:
+    """Give units their heads.
+
+    Args:
+        units: of the network.
+        example: images [N, C, H, W].
+        num_classes: of the classifier.
+        head_filters: of every head; None for adaptive ones.
+        options: of torch.compile.
+        seed: of the heads' values.
+
+    Raises:
+        ValueError: the units do not take the images, do not return tensors, or are not what the model computes; the
+            classifier has another number of outputs.
+    """
+    shapes = _traced(units, example, num_classes)
+
+    def head(shape: tuple[int, ...], unit: nn.Module) -> nn.Module:
+        like = next(unit.parameters())
+        return auxiliary_head(shape, num_classes, head_filters).to(like.device, like.dtype)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        pairs = list(zip(units.units, shapes, strict=True))
+        heads = [_naming(unit.name, head, shape, unit.module) for unit, shape in pairs[:-1]]
+    local = [LocalUnit(unit, each, options) for unit, each in zip(units.units, [*heads, units.classifier], strict=True)]
+    return Network(tuple(local), tuple(shapes))
+
+
+@torch.no_grad()
+def _traced(units: Units, example: Tensor, num_classes: int) -> list[tuple[int, ...]]:
+    """Shapes of the units' outputs for one image."""
+    modules = [unit.module for unit in units.units]
+    like = next(modules[0].parameters())
+    images, shapes = example[:2].to(like.device), []
+    with _in_eval_mode(nn.Sequential(*modules, units.classifier)):
+        value = images.clone()
+        for unit in units.units:
+            value = _naming(unit.name, unit.module, value)
+            if not isinstance(value, Tensor):
+                raise ValueError(f"unit {unit.name} returns {type(value).__name__}; a unit has to return a tensor.")
+            shapes.append(tuple(value.shape[1:]))
+        logits = _naming("the classifier", units.classifier, value)
+    if logits.shape != (len(images), num_classes):
+        raise ValueError(
+            f"num_classes = {num_classes}, but the network returns {list(logits.shape)} for {len(images)} images: give "
+            "it a classifier with as many outputs."
+        )
+    if units.model is not None:
+        _compare(units.model, images, logits)
+    return shapes
+
+
+def _naming(name: str, call: Callable[..., Any], *args: Any) -> Any:
+    """What a call returns; its errors say which unit it was."""
+    try:
+        return call(*args)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(f"unit {name}: {error}") from error
+
+
+def _compare(model: nn.Module, images: Tensor, logits: Tensor) -> None:
+    with _in_eval_mode(model):
+        same = torch.allclose(logits, model(images), rtol=RTOL, atol=ATOL)
+    if not same:
+        raise ValueError(
+            f"NeuroFlux: {type(model).__name__} computes something else than its units one after the other, so its "
+            "forward must be another one than its class has. Give it as a list of modules."
+        )
+
+
+@contextmanager
+def _in_eval_mode(module: nn.Module) -> Iterator[None]:
+    modes = {each: each.training for each in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for each, mode in modes.items():
+            each.training = mode

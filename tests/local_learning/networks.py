@@ -1,0 +1,78 @@
+"""Small networks and data for the tests of local learning, and compilation left out where it is not what is tested."""
+
+import contextlib
+from unittest import mock
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from convbn_compile.local_learning import NeuroFlux
+
+CLASSES = 4
+IMAGES = 60
+EAGER = {"lowering": "aot_eager"}
+
+
+def unit(inputs, outputs, stride=1, *more):
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(), *more
+    )
+
+
+def network(seed=0, dropout=0.0):
+    """Three units that get smaller, and a classifier."""
+    torch.manual_seed(seed)
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(16, CLASSES))
+    modules = [unit(3, 8), unit(8, 8, 2, nn.Dropout(dropout)), unit(8, 16, 2), head]
+    for module in modules:
+        for norm in module.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                nn.init.normal_(norm.running_mean)
+                nn.init.uniform_(norm.running_var, 0.5, 2.0)
+                nn.init.uniform_(norm.weight, 0.5, 2.0)
+                nn.init.normal_(norm.bias)
+    return modules
+
+
+def images(number=IMAGES, seed=1):
+    """A class is a direction, so that there is something to learn."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(number) % CLASSES
+    directions = torch.randn(CLASSES, 3, 8, 8, generator=torch.Generator().manual_seed(7))
+    return TensorDataset(directions[labels] + torch.randn(number, 3, 8, 8, generator=generator), labels)
+
+
+@contextlib.contextmanager
+def uncompiled():
+    """Steps run as they are written."""
+    with mock.patch("convbn_compile._torch.compile_for_any_batch", lambda function, **_: function):
+        yield
+
+
+BUDGET = 150_000
+"""Bytes: three blocks, of one unit each."""
+
+
+def flux(folder, model=None, **changed):
+    """Of the network, in three blocks."""
+    options = {"batch_size_limit": 20, "lr_batch_size": 20, "options": EAGER, "similarity": 0.1, **changed}
+    budget = options.pop("memory_budget", BUDGET)
+    return NeuroFlux(network() if model is None else model, CLASSES, budget, folder, **options)
+
+
+def values(local):
+    """All parameters and buffers of a run."""
+    return {
+        f"{unit.name}.{name}": tensor.clone()
+        for unit in local._network.units
+        for name, tensor in unit.state_dict().items()
+    }
+
+
+def fitted(folder, *, epochs=2, model=None, data=None, **changed):
+    """A run that is done, without compilation."""
+    run = flux(folder, model, **changed)
+    with uncompiled():
+        run.fit(data or images(), images(24, 2), epochs, progress=False)
+    return run

@@ -1,0 +1,139 @@
+"""What is wrong is said at the public boundary, before anything runs."""
+
+import re
+
+import pytest
+import torch
+from local_learning.networks import flux, images, uncompiled
+from torch.utils.data import TensorDataset
+
+from convbn_compile._arguments import num_bytes
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (7, 7),
+        ("7", 7),
+        ("300MiB", 300 * 2**20),
+        ("2GiB", 2**31),
+        (" 1.5 gib ", 3 * 2**29),
+        ("5kB", 5000),
+        ("2 MB", 2 * 10**6),
+    ],
+)
+def test_bytes(value, expected):
+    assert num_bytes(value) == expected
+
+
+BAD = {
+    "num_classes": ("ten", TypeError, "num_classes: an integer of 1 or more is needed, got 'ten' (str)."),
+    "memory_budget": (0, ValueError, "memory_budget: an integer of 1 or more is needed, got 0 (int)."),
+    "batch_size_limit": (0, ValueError, "batch_size_limit: an integer of 1 or more is needed"),
+    "similarity": (-0.1, ValueError, "similarity must be 0 or more, got -0.1."),
+    "exit_tolerance": ("0", TypeError, "exit_tolerance must be a number, got '0' (str)."),
+    "margin": (1.0, ValueError, "margin must be from 0 to below 1, got 1.0."),
+    "head_filters": (0, ValueError, "head_filters: an integer of 1 or more is needed"),
+    "cache": ("yes", ValueError, "cache must be one of 'auto', 'always', 'never', got 'yes' (str)."),
+    "cache_dtype": (torch.int8, ValueError, "cache_dtype must be one of torch.float32, torch.float16"),
+    "optimizer": ("sgd", TypeError, "optimizer must be a function from parameters to an optimizer, got 'sgd' (str)."),
+    "lr_batch_size": (0, ValueError, "lr_batch_size: an integer of 1 or more is needed"),
+    "seed": (-1, ValueError, "seed must be an integer of 0 or more, got -1 (int)."),
+    "options": ({"lowring": "x"}, ValueError, "lowring"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_arguments(name, tmp_path):
+    from local_learning.networks import network
+
+    from convbn_compile.local_learning import NeuroFlux
+
+    value, error, message = BAD[name]
+    arguments = {"num_classes": 4, "memory_budget": 10**6, name: value}
+    with pytest.raises(error, match=re.escape(message)):
+        NeuroFlux(network(), storage=tmp_path, **arguments)
+
+
+@pytest.mark.parametrize("budget", ["300 apples", "MiB", "-3MiB", "0MiB", "1.2.3MiB", ""])
+def test_budgets_in_words(budget, tmp_path):
+    message = f'memory_budget: a number of bytes is needed, such as 2**30, "300MiB" or "2GiB", got {budget!r} (str).'
+    with pytest.raises(ValueError, match=re.escape(message)):
+        flux(tmp_path, memory_budget=budget)
+
+
+def test_storage_is_a_path():
+    with pytest.raises(TypeError, match=re.escape("storage must be the path of a folder, got 3 (int).")):
+        flux(3)
+
+
+def test_a_mode_is_not_an_option(tmp_path):
+    with pytest.raises(ValueError, match="mode"):
+        flux(tmp_path, options={"mode": "tune"})
+
+
+def test_plan_needs_a_profile(tmp_path):
+    with pytest.raises(ValueError, match=re.escape("plan needs a profile: call profile(example) before")):
+        flux(tmp_path).plan()
+
+
+@pytest.mark.parametrize("call", [lambda run: run.exits(), lambda run: run.export()])
+def test_exits_need_fit(call, tmp_path):
+    with pytest.raises(ValueError, match=re.escape("There are no exits yet: call fit(train, val, epochs) before.")):
+        call(flux(tmp_path))
+
+
+def test_exits_that_are_not_there(tmp_path):
+    from local_learning.networks import fitted
+
+    run = fitted(tmp_path, epochs=1)
+    for wrong in ("first", 3, True, -1):
+        with pytest.raises(ValueError, match=re.escape("exit must be \"best\", \"last\", or one of ['0', '1', '2']")):
+            run.export(wrong)
+
+
+def labelled(low, high):
+    x, target = images()[:]
+    return TensorDataset(x, target.clamp(low, high))
+
+
+DATA = {
+    "no dataset": (3, TypeError, "train: a dataset with a length and items is needed"),
+    "an iterator": (iter([]), TypeError, "train: a dataset with a length and items is needed"),
+    "empty": ([], ValueError, "train: the dataset is empty."),
+    "no pairs": (TensorDataset(torch.randn(8, 3, 8, 8)), ValueError, "The dataset has to be one of pairs"),
+    "a class too many": (
+        TensorDataset(torch.randn(8, 3, 8, 8), torch.arange(8)),
+        ValueError,
+        "Classes have to be from 0 to num_classes - 1 = 3",
+    ),
+    "a negative class": (
+        TensorDataset(torch.randn(8, 3, 8, 8), -torch.ones(8, dtype=torch.int64)),
+        ValueError,
+        "got -1 to -1 of shape",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_datasets(case, tmp_path):
+    data, error, message = DATA[case]
+    run = flux(tmp_path, memory_budget="1MiB")
+    with uncompiled(), pytest.raises(error, match=re.escape(message)):
+        run.fit(data, images(24, 2), 1, progress=False)
+
+
+@pytest.mark.parametrize("epochs", [0, 1.5, True])
+def test_epochs(epochs, tmp_path):
+    with pytest.raises((TypeError, ValueError), match=re.escape("epochs: an integer of 1 or more is needed")):
+        flux(tmp_path).fit(images(), images(), epochs)
+
+
+def test_a_budget_that_nothing_fits_into(tmp_path):
+    run = flux(tmp_path, memory_budget=30_000)
+    with (
+        uncompiled(),
+        pytest.raises(ValueError, match=r"memory_budget: unit \d does not fit into 0.03 MiB with a single image"),
+    ):
+        run.fit(images(), images(24, 2), 1, progress=False)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,190 @@
+"""Runs that are killed go on with the same result; caches that are damaged are made again."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from local_learning.networks import fitted, flux, images, network, values
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = {paths!r}
+import torch
+from local_learning.networks import fitted, network
+from convbn_compile.local_learning.{module} import {owner}
+
+left, method = {calls}, {owner}.{method}
+
+def killing(*args, **kwargs):
+    global left
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return method(*args, **kwargs)
+
+{owner}.{method} = killing
+fitted({folder!r}, epochs=3, model=network(dropout=0.2), cache={cache!r})
+"""
+POINTS = {
+    "in the second epoch of block 0": ("worker", "Worker", "_batch", 9, "always"),
+    "while a cache is written": ("storage", "CacheWriter", "append", 11, "always"),
+    "after block 1, before the next cache": ("storage", "Storage", "commit", 10, "always"),
+}
+
+
+def killed(folder, point):
+    """Run until the point."""
+    module, owner, method, calls, cache = POINTS[point]
+    script = KILLED.format(
+        paths=[str(Path(__file__).parents[1])],
+        folder=str(folder),
+        module=module,
+        owner=owner,
+        method=method,
+        calls=calls,
+        cache=cache,
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return values(fitted(tmp_path_factory.mktemp("whole"), epochs=3, model=network(dropout=0.2), cache="always"))
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_killed_run_goes_on(point, tmp_path, uninterrupted):
+    killed(tmp_path, point)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["block"] < 3
+    run = fitted(tmp_path, epochs=3, model=network(seed=5, dropout=0.2), cache="always")  # other values to begin with
+    assert values(run).keys() == uninterrupted.keys()
+    assert all(torch.equal(value, uninterrupted[name]) for name, value in values(run).items())
+    assert len(run.exits()) == 3
+
+
+class _StopError(Exception):
+    pass
+
+
+def stopped(folder, monkeypatch, block, epoch, **changed):
+    """A run that ended with an error after so much of it was committed."""
+    from convbn_compile.local_learning.storage import Storage
+
+    commit = Storage.commit
+
+    def stop(self, manifest, needed):
+        commit(self, manifest, needed)
+        if (manifest["block"], manifest["epoch"], manifest["source"] is not None) == (block, epoch, True):
+            raise _StopError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "commit", stop)
+        with pytest.raises(_StopError):
+            fitted(folder, epochs=3, model=network(dropout=0.2), cache="always", **changed)
+
+
+def flipped(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def truncated(file):
+    os.truncate(file, file.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("damage", [flipped, truncated, Path.unlink])
+@pytest.mark.parametrize(("block", "epoch"), [(1, 1), (2, 0)])
+def test_a_damaged_cache_is_made_again(damage, block, epoch, tmp_path, monkeypatch, uninterrupted, caplog):
+    stopped(tmp_path, monkeypatch, block, epoch)
+    damage(tmp_path / f"cache_{block - 1}_train.npy")
+    run = fitted(tmp_path, epochs=3, model=network(dropout=0.2), cache="always")
+    assert "the cache of train is missing or damaged: it is made again" in caplog.text
+    assert all(torch.equal(value, uninterrupted[name]) for name, value in values(run).items())
+
+
+def test_a_damaged_cache_of_half_precision(tmp_path, monkeypatch):
+    """It is made again by way of the caches that there have been, so that it is rounded as it was."""
+    half = {"cache_dtype": torch.float16}
+    expected = values(fitted(tmp_path / "whole", epochs=3, model=network(dropout=0.2), cache="always", **half))
+    stopped(tmp_path / "run", monkeypatch, 2, 0, **half)
+    flipped(tmp_path / "run" / "cache_1_train.npy")
+    run = fitted(tmp_path / "run", epochs=3, model=network(dropout=0.2), cache="always", **half)
+    assert all(torch.equal(value, expected[name]) for name, value in values(run).items())
+
+
+@pytest.mark.parametrize("file", ["start.pt", "block_0.pt", "checkpoint_1_0.pt"])
+def test_damaged_values_are_an_error(file, tmp_path, monkeypatch):
+    stopped(tmp_path, monkeypatch, 1, 1)
+    flipped(tmp_path / file)
+    with pytest.raises(ValueError, match=re.escape(f"{file} is missing or damaged")):
+        fitted(tmp_path, epochs=3, model=network(dropout=0.2), cache="always")
+
+
+def test_what_a_killed_run_left_behind_is_deleted(tmp_path, monkeypatch):
+    stopped(tmp_path, monkeypatch, 1, 1)
+    for name in ("cache_1_train.npy.new", "checkpoint_1_1.pt.new", "labels_7_val.pt"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "mine.txt").write_text("")
+    fitted(tmp_path, epochs=3, model=network(dropout=0.2), cache="always")
+    names = sorted(file.name for file in tmp_path.iterdir())
+    assert names == ["block_0.pt", "block_1.pt", "block_2.pt", "manifest.json", "mine.txt", "start.pt"]
+
+
+def test_a_run_that_is_done_is_loaded(tmp_path):
+    first = fitted(tmp_path, epochs=1)
+    again = fitted(tmp_path, epochs=1, model=network(seed=9))
+    assert all(torch.equal(value, values(first)[name]) for name, value in values(again).items())
+    assert again.exits() == first.exits()
+    assert again._report.blocks == first._report.blocks
+
+
+DIFFERENT = {
+    "epochs": ({}, 2, "holds a run with epochs = 1, here it is 2."),
+    "seed": ({"seed": 3}, 1, "holds a run with seed = 0, here it is 3."),
+    "memory_budget": ({"memory_budget": 10**6}, 1, "holds a run with memory_budget = 150000, here it is 1000000."),
+    "optimizer": ({"optimizer": torch.optim.Adam}, 1, "holds a run with optimizer = 'SGD "),
+    "cache_dtype": ({"cache_dtype": torch.float16}, 1, "here it is 'torch.float16'."),
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENT)
+def test_a_run_with_other_settings(case, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / "one"
+    if not folder.exists():
+        fitted(folder, epochs=1)
+    changed, epochs, message = DIFFERENT[case]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fitted(folder, epochs=epochs, **changed)
+
+
+def test_another_network_or_other_data(tmp_path):
+    fitted(tmp_path, epochs=1)
+    with pytest.raises(ValueError, match="holds a run with images = "):
+        fitted(tmp_path, epochs=1, data=images(40))
+    first, second, third, head = network()
+    with pytest.raises(ValueError, match="holds a run with units = "):
+        fitted(tmp_path, epochs=1, model=[first, second, torch.nn.Sequential(third, torch.nn.Conv2d(16, 16, 1)), head])
+
+
+@pytest.mark.parametrize("content", ["not JSON", "[]", '{"mine": 1}'])
+def test_a_manifest_of_something_else(content, tmp_path):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match="Use another folder"):
+        fitted(tmp_path, epochs=1)
+    assert (tmp_path / "manifest.json").read_text() == content
+
+
+def test_exit_tolerance_may_change(tmp_path):
+    fitted(tmp_path, epochs=1)
+    run = fitted(tmp_path, epochs=1, exit_tolerance=0.99)
+    assert run._report.chosen.unit == 0
+    assert flux(tmp_path)._report is None

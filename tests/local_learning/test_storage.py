@@ -1,0 +1,113 @@
+"""Storage: the choice between caching and computing again, free space, speed, files."""
+
+import re
+
+import pytest
+import torch
+from local_learning.networks import fitted, flux, images, uncompiled
+
+from convbn_compile.local_learning._choice import Costs, choose
+from convbn_compile.local_learning.storage import CacheWriter, Speed, Storage, checksum, opened
+
+
+def costs(**changed):
+    """100 images of 1000 bytes, that take 0.01 s each."""
+    given = {
+        "images": 100,
+        "epochs": 5,
+        "seconds": 0.01,
+        "size": 1000,
+        "speed": Speed(write=1e5, read=1e6),
+        "free": 10**9,
+        "augments": False,
+        "fits": True,
+    }
+    return Costs(**{**given, **changed})
+
+
+def test_costs():
+    found = costs()
+    assert found.bytes == 100_000
+    assert found.of_cache == pytest.approx(100 * 0.01 + 1.0 + 5 * 0.1)
+    assert found.of_recomputing == pytest.approx(5.0)
+
+
+CHOICES = {
+    "a cache is faster": ({}, "cache", "2.50 s with a cache of 0.1 MiB, 5.00 s without"),
+    "the storage is slow": ({"speed": Speed(1e5, 1e5)}, "recomputed", "7.00 s with a cache"),
+    "one epoch": ({"epochs": 1}, "recomputed", "2.10 s with a cache"),
+    "augmented": ({"augments": True, "fits": False}, "recomputed", "images are augmented"),
+    "no space": ({"free": 99_999, "fits": False}, "recomputed", "a cache takes 0.1 MiB, of which 0.1 are free"),
+    "no memory": ({"epochs": 1, "fits": False}, "cache", "do not fit into the budget beside this one"),
+}
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_choice(case):
+    changed, how, why = CHOICES[case]
+    found, reason = choose(costs(**changed))
+    assert found == how
+    assert why in reason
+
+
+def test_no_space_is_an_error_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(Storage, "free", 10)
+    with pytest.raises(ValueError, match=re.escape("MiB free, and caches take 0.2 MiB.")):
+        fitted(tmp_path, cache="always")
+    assert [file.name for file in tmp_path.iterdir()] == []
+
+
+def test_two_caches_count(tmp_path, monkeypatch):
+    """The next cache is written before the last is deleted."""
+    first, second = (84 * 4 * 8 * side * side for side in (8, 4))
+    monkeypatch.setattr(Storage, "free", first + second - 1)
+    run = flux(tmp_path, cache="always")
+    with uncompiled(), pytest.raises(ValueError, match="MiB free, and caches take"):
+        run.fit(images(), images(24, 2), 1, progress=False)
+
+
+def test_no_space_is_recomputed(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "convbn_compile.local_learning")
+    monkeypatch.setattr(Storage, "free", 10)
+    run = fitted(tmp_path, epochs=1)
+    assert [block.source for block in run._report.blocks] == ["data", "recomputed", "recomputed"]
+    assert "are free" in caplog.text
+
+
+def test_speed(tmp_path):
+    found = Storage(tmp_path).speed()
+    assert found.write > 0
+    assert found.read > 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows(dtype, tmp_path):
+    storage, rows = Storage(tmp_path / "new" / "folder"), torch.randn(10, 3, 2)
+    writer = CacheWriter(storage, "cache_0_train.npy", (10, 3, 2), dtype)
+    writer.append(rows[:4])
+    writer.append(rows[4:])
+    assert not storage.path("cache_0_train.npy").exists()
+    entry = writer.close()
+    assert entry == {"file": "cache_0_train.npy", "sha256": checksum(storage.path("cache_0_train.npy"))}
+    assert torch.equal(torch.from_numpy(opened(storage.path("cache_0_train.npy"))[:]), rows.to(dtype))
+
+
+def test_a_cache_that_is_not_full(tmp_path):
+    writer = CacheWriter(Storage(tmp_path), "cache_0_train.npy", (10, 3), torch.float32)
+    writer.append(torch.randn(9, 3))
+    with pytest.raises(AssertionError, match="9 of 10 rows of a cache were written"):
+        writer.close()
+
+
+def test_the_manifest_is_there_whatever_happens(tmp_path, monkeypatch):
+    storage = Storage(tmp_path)
+    storage.commit({"block": 0}, [])
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("convbn_compile.local_learning.storage._replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        storage.commit({"block": 1}, [])
+    assert storage.manifest() == {"block": 0}

@@ -1,0 +1,284 @@
+"""Training: what local learning computes, caches, exits, memory, and what a run reports."""
+
+import copy
+import logging
+import re
+
+import numpy
+import pytest
+import torch
+from local_learning.networks import CLASSES, EAGER, IMAGES, fitted, flux, images, network, uncompiled, values
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset, TensorDataset
+
+from convbn_compile.local_learning._local import LocalUnit
+from convbn_compile.local_learning._units import Unit
+from convbn_compile.local_learning.worker import Worker
+
+
+def differences(first, second):
+    return [name for name, value in values(first).items() if not torch.equal(value, values(second)[name])]
+
+
+def test_it_is_local_learning(tmp_path):
+    """One block against the method written down again: a loss for each unit, and nothing goes back to the one before."""
+    run = flux(tmp_path, memory_budget="10MiB", optimizer=lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9))
+    run._build(images()[:2][0])
+    expected = [copy.deepcopy(unit).train() for unit in run._network.units]
+    momentum = [[torch.zeros_like(one) for one in unit.parameters()] for unit in expected]
+    with uncompiled():
+        run.fit(images(), images(24, 2), 2, progress=False)
+    assert len(run._plan.blocks) == 1
+    for epoch in range(2):
+        torch.manual_seed(epoch)
+        for step, chosen in enumerate(torch.randperm(IMAGES).split(20)):
+            lr = 0.1 * (1 + torch.cos(torch.tensor(torch.pi * (epoch * 3 + step) / 6, dtype=torch.float64)).item()) / 2
+            x, target = images()[chosen]
+            for unit, before in zip(expected, momentum, strict=True):
+                output = unit.unit(x)
+                gradients = torch.autograd.grad(F.cross_entropy(unit.head(output), target), list(unit.parameters()))
+                with torch.no_grad():
+                    for parameter, gradient, velocity in zip(unit.parameters(), gradients, before, strict=True):
+                        velocity.mul_(0.9).add_(gradient)
+                        parameter.sub_(lr * velocity)
+                x = output.detach()
+    for unit, reference in zip(run._network.units, expected, strict=True):
+        torch.testing.assert_close(unit.state_dict(), reference.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_steps_are_eager_steps(tmp_path):
+    torch.manual_seed(0)
+    unit = (
+        LocalUnit(Unit("0", network()[0]), nn.Sequential(nn.Flatten(), nn.Linear(8 * 64, CLASSES)), EAGER)
+        .double()
+        .train()
+    )
+    eager = copy.deepcopy(unit)
+    for batch in (2, 5, 20):  # one graph for all of them
+        x, target = images()[:batch]
+        results = []
+        for each, compiled in ((unit, True), (eager, False)):
+            optimizer = torch.optim.SGD(each.trained(), lr=0.1)
+            if compiled:
+                results.append(each.step(x.double(), target, optimizer))
+            else:
+                with uncompiled():
+                    results.append(each.step(x.double(), target, optimizer))
+        torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(unit.state_dict(), eager.state_dict(), rtol=1e-10, atol=1e-10)
+
+
+def test_a_block_is_compiled_once_for_all_batches(tmp_path, monkeypatch):
+    run, graphs = flux(tmp_path, batch_size_limit=12), []
+    from convbn_compile import lowering
+
+    compiled = lowering.lower
+    monkeypatch.setattr(
+        "convbn_compile.backend.lower", lambda *args, **kwargs: graphs.append(1) or compiled(*args, **kwargs)
+    )
+    run.fit(images(), images(24, 2), 1, progress=False)
+    assert len(graphs) == 3
+    assert {block.batch_size for block in run._plan.blocks} != {12}
+
+
+def test_a_cached_run_is_the_recomputed_run(tmp_path):
+    cached, recomputed = (
+        fitted(tmp_path / "a", cache="always"),
+        fitted(tmp_path / "b", cache="never", memory_budget=180_000),
+    )
+    same = fitted(tmp_path / "c", cache="always", memory_budget=180_000)
+    sources = [[block.source for block in run._report.blocks] for run in (cached, recomputed)]
+    assert sources == [["data", "cache", "cache"], ["data", "recomputed", "recomputed"]]
+    if [b.batch_size for b in same._plan.blocks] == [b.batch_size for b in recomputed._plan.blocks]:
+        assert not differences(same, recomputed)
+
+
+def test_a_mutant_of_the_cache_is_seen(tmp_path, monkeypatch):
+    from convbn_compile.local_learning.storage import CacheWriter
+
+    right = fitted(tmp_path / "a", cache="always")
+    append = CacheWriter.append
+    monkeypatch.setattr(CacheWriter, "append", lambda self, rows: append(self, rows * (1 + 1e-6)))
+    assert differences(right, fitted(tmp_path / "b", cache="always"))
+
+
+def test_a_cache_of_half_precision_is_near(tmp_path):
+    whole, half = (
+        fitted(tmp_path / "a", cache="always"),
+        fitted(tmp_path / "b", cache="always", cache_dtype=torch.float16),
+    )
+    name = "1.unit.0.weight"
+    assert 0 < (values(whole)[name] - values(half)[name]).abs().max() < 1e-2
+
+
+class Augmented(Dataset):
+    def __len__(self):
+        return IMAGES
+
+    def __getitem__(self, index):
+        x, target = images()[index]
+        return x + 0.1 * torch.randn_like(x), target
+
+
+def test_augmented_images_are_not_cached(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "convbn_compile.local_learning")
+    run = fitted(tmp_path, data=Augmented())
+    assert [block.source for block in run._report.blocks] == ["data", "recomputed", "recomputed"]
+    assert "images are augmented, and a cache would hold one draw" in caplog.text
+
+
+def test_measured_bytes_are_within_the_budget(tmp_path):
+    for budget in (110_000, 150_000, 300_000):
+        run = fitted(tmp_path / str(budget), memory_budget=budget, epochs=1)
+        for block in run._report.blocks:
+            assert 0.3 * block.predicted < block.measured <= budget
+        assert run._report.peak == max(block.measured for block in run._report.blocks)
+
+
+def test_it_learns(tmp_path):
+    run = fitted(tmp_path, epochs=8)
+    assert max(each.accuracy for each in run.exits()) > 0.9
+
+
+def test_exits(tmp_path):
+    run = fitted(tmp_path, epochs=4, exit_tolerance=0.05)
+    found, data = run.exits(), images(24, 2)
+    assert [each.name for each in found] == ["0", "1", "2"]
+    for each in found:
+        model = run.export(each.unit)
+        assert not any(module.training for module in model.modules())
+        assert each.parameters == sum(parameter.numel() for parameter in model.parameters())
+        with torch.no_grad():
+            right = (model(data[:][0]).argmax(1) == data[:][1]).float().mean().item()
+        assert right == pytest.approx(each.accuracy)
+    best = max(each.accuracy for each in found)
+    chosen = next(each for each in found if each.accuracy >= best - 0.05)
+    assert run._report.chosen == chosen
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(run.export()(x), run.export(chosen.name)(x))
+        whole = nn.Sequential(*(unit.unit for unit in run._network.units), run._network.units[-1].head)
+        assert torch.equal(run.export("last")(x), whole(x))
+
+
+def test_what_is_exported_is_a_copy(tmp_path):
+    run = fitted(tmp_path, epochs=1)
+    own = {id(one) for unit in run._network.units for one in unit.parameters()}
+    assert not own & {id(one) for one in run.export().parameters()}
+
+
+def test_the_model_itself_is_trained(tmp_path):
+    modules = network()
+    before = [module[0].weight.clone() for module in modules[:3]]
+    run = fitted(tmp_path, model=modules, epochs=1)
+    assert not any(torch.equal(module[0].weight, old) for module, old in zip(modules, before, strict=False))
+    assert run.export("last")[0][0].weight.equal(modules[0][0].weight)
+
+
+def test_frozen_parameters_stay(tmp_path):
+    modules = network()
+    modules[1][0].requires_grad_(requires_grad=False)
+    before = modules[1][0].weight.clone()
+    fitted(tmp_path, model=modules, epochs=1)
+    assert torch.equal(modules[1][0].weight, before)
+
+
+def test_fewer_images_than_a_batch(tmp_path):
+    run = fitted(tmp_path, data=images(7), epochs=1, memory_budget="10MiB")
+    assert [block.batch_size for block in run._report.blocks] == [7]
+
+
+def test_learning_rates_are_in_proportion_to_batches():
+    unit = LocalUnit(Unit("0", network()[0]), nn.Linear(1, 1), EAGER)
+    worker = Worker([unit], lambda params: torch.optim.SGD(params, lr=0.1), 32, 128, 2)
+    found = []
+    for progress in (0.0, 0.5, 1.0):
+        worker._set_lr(progress)
+        found.append(worker.optimizers[0].param_groups[0]["lr"])
+    assert found == pytest.approx([0.025, 0.0125, 0.0])
+
+
+def test_dropout_and_the_seed(tmp_path):
+    first, second = (fitted(tmp_path / str(run), model=network(dropout=0.5), epochs=1) for run in range(2))
+    assert not differences(first, second)
+    assert differences(first, fitted(tmp_path / "other", model=network(dropout=0.5), epochs=1, seed=1))
+
+
+def test_random_numbers_of_others_are_left_alone(tmp_path):
+    state = torch.get_rng_state()
+    run = flux(tmp_path)
+    torch.set_rng_state(state)
+    with uncompiled():
+        run.fit(images(), images(24, 2), 1, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_report(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "convbn_compile.local_learning")
+    run = fitted(tmp_path, epochs=1)
+    printed = str(run._report)
+    assert re.search(r"block +units +batch size +MiB predicted +MiB measured +seconds +input", printed)
+    assert re.search(r"exit +accuracy +parameters", printed)
+    assert f"Exit {run._report.chosen.name}: " in printed
+    assert run._report.to_dict()["blocks"][0]["names"] == ("0",)
+    for line in ("block 1: its input is cached: ", "block 0, epoch 0: losses ", "block 2: accuracies "):
+        assert line in caplog.text
+
+
+def test_nothing_is_left_of_caches(tmp_path):
+    fitted(tmp_path, cache="always", epochs=1)
+    names = sorted(file.name for file in tmp_path.iterdir())
+    assert names == ["block_0.pt", "block_1.pt", "block_2.pt", "manifest.json", "start.pt"]
+
+
+def test_one_cache_at_a_time_and_the_next_is_committed_first(tmp_path, monkeypatch):
+    from convbn_compile.local_learning.storage import Storage
+
+    seen, commit = [], Storage.commit
+
+    def look(self, manifest, needed):
+        before = {file.name for file in tmp_path.glob("cache_*.npy")}
+        commit(self, manifest, needed)
+        seen.append((before, {file.name for file in tmp_path.glob("cache_*.npy")}))
+
+    monkeypatch.setattr(Storage, "commit", look)
+    fitted(tmp_path, cache="always", epochs=1)
+    caches = [{f"cache_{number}_{split}.npy" for split in ("train", "val")} for number in range(2)]
+    assert (caches[0] | caches[1], caches[1]) in seen
+    assert all(len(after) <= 2 for _, after in seen)
+
+
+def test_a_cache_is_a_file_of_numpy(tmp_path, monkeypatch):
+    from convbn_compile.local_learning.worker import Worker
+
+    seen, accuracies = [], Worker.accuracies
+
+    def look(self, source, *more):
+        seen.extend(numpy.load(file, mmap_mode="r") for file in sorted(tmp_path.glob("cache_0_*.npy")))
+        return accuracies(self, source, *more)
+
+    monkeypatch.setattr(Worker, "accuracies", look)
+    run = fitted(tmp_path, cache="always", epochs=1)
+    assert [(rows.shape, rows.dtype) for rows in seen[:2]] == [((60, 8, 8, 8), "float32"), ((24, 8, 8, 8), "float32")]
+    with torch.no_grad():
+        expected = run.export("last")[0](images()[:][0])
+    torch.testing.assert_close(torch.from_numpy(seen[0].copy()), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_channels_last(tmp_path):
+    modules = [module.to(memory_format=torch.channels_last) for module in network()]
+    cached = fitted(tmp_path / "a", model=modules, cache="always", epochs=1)
+    assert modules[0][0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert not any(value.isnan().any() for value in values(cached).values())
+
+
+def test_a_dataset_of_lists_and_numbers(tmp_path):
+    data = [(image, int(label)) for image, label in images()]
+    whole, listed = fitted(tmp_path / "a", epochs=1), fitted(tmp_path / "b", epochs=1, data=data)
+    assert not differences(whole, listed)
+
+
+def test_labels_of_other_integers(tmp_path):
+    x, target = images()[:]
+    assert fitted(tmp_path, epochs=1, data=TensorDataset(x, target.to(torch.uint8))).exits()
