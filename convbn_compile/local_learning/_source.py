@@ -49,7 +49,8 @@ class Images:
         Raises:
             ValueError: it is not a dataset of pairs, or a class is out of range.
         """
-        for batch in DataLoader(self.dataset, batch_sampler=[each.tolist() for each in indices]):
+        own = torch.Generator()  # else a loader draws a number from that of everybody
+        for batch in DataLoader(self.dataset, batch_sampler=[each.tolist() for each in indices], generator=own):
             yield self._checked(batch)
 
     def _checked(self, batch: Any) -> Batch:

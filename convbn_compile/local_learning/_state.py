@@ -25,7 +25,7 @@ class State:
         cache: of the last of them, for "train" and "val": "rows" and "labels"; None before the first.
         finished: values of the blocks that are done.
         runs: what they took.
-        accuracies: of their exits.
+        history: of every epoch: block, epoch, seconds since the beginning, losses and accuracies of the block's exits.
         seconds: of the block so far.
     """
 
@@ -40,7 +40,7 @@ class State:
     cache: dict[str, dict[str, Entry]] | None = None
     finished: list[Entry] = field(default_factory=list)
     runs: list[dict[str, Any]] = field(default_factory=list)
-    accuracies: list[float] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
@@ -48,6 +48,17 @@ class State:
         """Of all files that are still needed."""
         cached = [entry for entries in (self.cache or {}).values() for entry in entries.values()]
         return [self.start, *self.finished, *cached, *([self.checkpoint] if self.checkpoint else [])]
+
+    @property
+    def total_seconds(self) -> float:
+        """Of all blocks so far."""
+        return self.seconds + sum(float(run["seconds"]) for run in self.runs)
+
+    @property
+    def accuracies(self) -> list[float]:
+        """Of every exit so far."""
+        last = {each["block"]: each["accuracies"] for each in self.history}
+        return [accuracy for block in sorted(last) for accuracy in last[block]]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it."""

@@ -83,24 +83,24 @@ class Controller:
         for epoch in range(state.epoch, training.epochs):
             with self._timed(), self._bar(len(source) // batch, f"block {number}, epoch {epoch}") as bar:
                 losses = worker.epoch(source, epoch, _seed(training.seed, number, epoch), bar.update)
-            logger.info("block %d, epoch %d: losses %s", number, epoch, ", ".join(f"{loss:.4f}" for loss in losses))
+                accuracies = worker.accuracies(self.inputs.of("val", number))
+            shown = [", ".join(f"{value:.4f}" for value in values) for values in (losses, accuracies)]
+            logger.info("block %d, epoch %d: losses %s; accuracies %s", number, epoch, *shown)
+            done = {"block": number, "epoch": epoch, "seconds": state.total_seconds}
+            state.history.append({**done, "losses": losses, "accuracies": accuracies})
             state.checkpoint = self.storage.save(f"checkpoint_{number}_{epoch}.pt", worker.state())
             state.epoch = epoch + 1
             self.storage.commit(state.to_dict(), state.entries)
         self._finish(number, worker)
 
     def _finish(self, number: int, worker: Worker) -> None:
-        """Evaluate the block's exits, keep its values, and go on to the next."""
+        """Keep the block's values, and go on to the next."""
         state = self.state
-        with self._timed():
-            accuracies = worker.accuracies(self.inputs.of("val", number))
-        logger.info("block %d: accuracies %s", number, ", ".join(f"{one:.4f}" for one in accuracies))
         budget = self.plan.memory_budget
         if worker.measured > budget:
             took = worker.measured / MIB
             logger.warning("block %d took %.2f MiB, above the budget of %.2f", number, took, budget / MIB)
         state.finished.append(self.storage.save(f"block_{number}.pt", [unit.state_dict() for unit in worker.units]))
-        state.accuracies += accuracies
         run = {"batch_size": worker.batch_size, "measured": worker.measured, "seconds": state.seconds}
         state.runs.append({**run, "source": state.source})
         state.block, state.epoch, state.source, state.seconds = number + 1, 0, None, 0.0

@@ -206,7 +206,8 @@ class NeuroFlux:
             state = self._begin(storage, settings, example, data, progress=progress)
         else:
             state = State.read(manifest, settings, storage.folder)
-        plan = Plan(tuple(Block(**block) for block in state.plan), self.memory_budget, self.margin)
+        blocks = tuple(Block(**{**block, "names": tuple(block["names"])}) for block in state.plan)
+        plan = Plan(blocks, self.memory_budget, self.margin)
         training = Training(
             self.optimizer, self.lr_batch_size, epochs, self.seed, self.cache, self.cache_dtype, self.device
         )

@@ -1,11 +1,13 @@
 """The Partitioner: which units are trained together, and by which batch, so that it fits a budget of memory.
 
-    M_k(b) = fixed + sum_{l in k} resident_l + max_{l in k} (p_l - resident_l + q_l b)
+    M_k(b) = fixed + sum_{l in k} resident_l + max_{l in k} (p_l - resident_l + (q_l + x_l) b)
     B_k    = clamp(floor(b : M_k(b) = s budget), 1, limit),   s = 1 - margin
 
 resident_l are the bytes of unit l's parameters, buffers and optimizer state, all of which are there while the block
-is; p_l and q_l are the Profiler's. A block opens at unit i with B_i, the batch of the unit alone, and takes on the next
-unit l while |B_l - B_i| <= similarity B_i and the batch of all of them together is not below (1 - similarity) B_i.
+is; p_l and q_l are the Profiler's; x_l are the bytes of the block's input for an image, which is there beside that of
+unit l itself, and 0 for the first unit, whose input it is. A block opens at unit i with B_i, the batch of the unit
+alone, and takes on the next unit l while |B_l - B_i| <= similarity B_i and the batch of all of them together is not
+below (1 - similarity) B_i.
 Source: NeuroFlux (arXiv 2402.14139); its grouping rule is not public, this is the one that its figures suggest.
 """
 
@@ -129,13 +131,13 @@ class Partitioner:
 
     def _bytes_at(self, group: Sequence[UnitProfile], batch: int) -> float:
         """M_k(b)."""
-        return self._resident(group) + max(unit.passing + unit.slope * batch for unit in group)
+        return self._resident(group) + max(unit.passing + slope * batch for unit, slope in _slopes(group))
 
     def _batch(self, group: Sequence[UnitProfile]) -> int:
         """B_k."""
         left = self._usable - self._resident(group)
-        largest = min((left - unit.passing) / max(unit.slope, 1.0) for unit in group)
-        return max(1, min(int(largest), self.limit))
+        largest = min((left - unit.passing) / slope if slope else self.limit for unit, slope in _slopes(group))
+        return max(1, int(min(largest, self.limit)))
 
     def _check(self, unit: UnitProfile) -> None:
         needed = self._bytes_at([unit], 1)
@@ -146,3 +148,9 @@ class Partitioner:
                 f"image, which takes {needed / MIB:.2f} MiB beside a margin of {100 * self.margin:.0f} %. The least "
                 f"budget for it is {least:.2f} MiB."
             )
+
+
+def _slopes(group: Sequence[UnitProfile]) -> list[tuple[UnitProfile, float]]:
+    """Each unit of a block, and q_l + x_l."""
+    first, *others = group
+    return [(first, first.slope), *((unit, unit.slope + first.input_bytes) for unit in others)]

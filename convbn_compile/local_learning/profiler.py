@@ -12,6 +12,7 @@ Source: the linear model of memory of NeuroFlux (arXiv 2402.14139).
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +38,7 @@ class UnitProfile:
     Attributes:
         name: of the unit.
         shape: of its output for one image.
+        input_bytes: of its input for one image.
         parameters: how many it and its head have.
         resident: bytes of parameters, buffers and the optimizer's state.
         points: batch sizes, and bytes.
@@ -48,12 +50,13 @@ class UnitProfile:
 
     name: str
     shape: tuple[int, ...]
+    input_bytes: int
     parameters: int
     resident: int
     points: tuple[tuple[int, int], ...]
-    intercept: float
-    slope: float
-    r2: float
+    intercept: float = 0.0
+    slope: float = 0.0
+    r2: float = 1.0
     margin: float = 0.0
 
     @property
@@ -71,8 +74,8 @@ class UnitProfile:
         return self.intercept + self.margin + self.slope * batch
 
     def largest(self, budget: float) -> float:
-        """The batch that fills so many bytes."""
-        return (budget - self.at(0)) / max(self.slope, 1.0)
+        """The batch that fills so many bytes; infinite if no batch does."""
+        return (budget - self.at(0)) / self.slope if self.slope else math.inf
 
 
 @dataclass(frozen=True)
@@ -155,8 +158,14 @@ def profiled(
     bytes_at = _measured(local, trains, shapes[0])
     try:
         points = [(batch, bytes_at(batch)) for batch in BATCH_SIZES]
-        parameters = sum(parameter.numel() for parameter in local.parameters())
-        first = UnitProfile(local.name, shapes[1], parameters, resident_bytes(local, trains), tuple(points), 0, 0, 0)
+        first = UnitProfile(
+            name=local.name,
+            shape=shapes[1],
+            input_bytes=torch.Size(shapes[0]).numel() * next(local.parameters()).element_size(),
+            parameters=sum(parameter.numel() for parameter in local.parameters()),
+            resident=resident_bytes(local, trains),
+            points=tuple(points),
+        )
         return _extended(fitted(first), bytes_at, budget, limit)
     finally:
         local.load_state_dict(before)

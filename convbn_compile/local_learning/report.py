@@ -65,6 +65,8 @@ class Report:
         memory_budget: bytes that a step might take.
         blocks: in order.
         exits: in order.
+        history: of every epoch: its block and number, seconds since the beginning, and of the exits of the block
+            their losses and accuracies.
         chosen: the exit that export() returns.
         parameters: of the whole network.
         throughput: images a second of the chosen exit over those of the whole network.
@@ -73,6 +75,7 @@ class Report:
     memory_budget: int
     blocks: tuple[BlockRun, ...]
     exits: tuple[Exit, ...]
+    history: tuple[dict[str, Any], ...]
     chosen: Exit
     parameters: int
     throughput: float
@@ -86,6 +89,15 @@ class Report:
     def peak(self) -> int:
         """The largest measured bytes of a block."""
         return max(block.measured for block in self.blocks)
+
+    def seconds_to(self, accuracy: float) -> float | None:
+        """After how many seconds of training an exit was so accurate for the first time; None if none was.
+
+        Args:
+            accuracy: a share of images.
+        """
+        reached = (epoch["seconds"] for epoch in self.history if max(epoch["accuracies"]) >= accuracy)
+        return next(reached, None)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it."""
@@ -153,7 +165,7 @@ def reported(network: Network, state: State, plan: Plan, tolerance: float, image
     ratio = _seconds(ends[-1], batch) / _seconds(ends[chosen.unit], batch)
     runs = zip(plan.blocks, state.runs, strict=True)
     blocks = tuple(BlockRun(names=block.names, predicted=block.predicted, **run) for block, run in runs)
-    return Report(plan.memory_budget, blocks, exits, chosen, sizes[-1], ratio)
+    return Report(plan.memory_budget, blocks, exits, tuple(state.history), chosen, sizes[-1], ratio)
 
 
 @torch.no_grad()

@@ -14,6 +14,9 @@ from convbn_compile.local_learning._local import LocalUnit, Optimizer, resident_
 from convbn_compile.local_learning._source import Source
 from convbn_compile.measure import allocated_peak
 
+WARM_UP = 0.1
+"""The share of a block's steps in which learning rates rise."""
+
 Advance = Callable[[int], Any]
 """Told how many batches are done."""
 
@@ -21,8 +24,8 @@ Advance = Callable[[int], Any]
 class Worker:
     """Of one block.
 
-    Learning rates are those of the optimizer for a batch of `lr_batch_size`, in proportion to the block's, and fall to
-    0 along half a cosine over all epochs of the block.
+    Learning rates are those of the optimizer for a batch of `lr_batch_size`; those for another one go with the square
+    root of the batch. They rise for the first steps of the block, and fall to 0 along half a cosine by its last.
 
     Args:
         units: of the block, on their device.
@@ -37,7 +40,7 @@ class Worker:
     ) -> None:
         self.units, self.batch_size, self.epochs = units, batch_size, epochs
         self.optimizers = [optimizer(unit.trained()) for unit in units]
-        scale = batch_size / lr_batch_size
+        scale = math.sqrt(batch_size / lr_batch_size)
         self._lr = [[scale * group["lr"] for group in each.param_groups] for each in self.optimizers]
         self.measured = 0
 
@@ -64,41 +67,40 @@ class Worker:
             order = shuffled(len(source), self.batch_size)
             for unit in self.units:
                 unit.train()
-            for step, batch in enumerate(source.batches(order)):
-                self._set_lr((number * len(order) + step) / (self.epochs * len(order)))
+            for step, (x, target) in enumerate(source.batches(order)):
+                self._set_lr((number * len(order) + step + 0.5) / (self.epochs * len(order)))
                 measures = number == 0 and step == min(1, len(order) - 1)  # the first step compiles
-                losses += (self._measured if measures else self._batch)([*batch])
-                del batch
+                losses += self._measured(x, target) if measures else self._batch(x, target)
                 advance(1)
         return (losses / len(order)).tolist()
 
-    def _batch(self, held: list[Tensor]) -> Tensor:
-        """One step of each unit; takes the batch out of the list, so that nobody else holds it."""
-        target, x = held.pop().to(self.device), held.pop().to(self.device)
+    def _batch(self, x: Tensor, target: Tensor) -> Tensor:
+        """One step of each unit."""
+        value, expected = x.to(self.device), target.to(self.device)
         losses = []
         for unit, optimizer in zip(self.units, self.optimizers, strict=True):
-            x, loss = unit.step(x, target, optimizer)
+            value, loss = unit.step(value, expected, optimizer)
             losses.append(loss)
         return torch.stack(losses).cpu()
 
-    def _measured(self, held: list[Tensor]) -> Tensor:
+    def _measured(self, x: Tensor, target: Tensor) -> Tensor:
         """The same; finds out what it takes at the peak."""
         losses: list[Tensor] = []
         pairs = zip(self.units, self.optimizers, strict=True)
         resident = sum(resident_bytes(unit, optimizer) for unit, optimizer in pairs)
-        there = sum(tensor.nbytes for tensor in held if tensor.device == self.device)
-        rise = allocated_peak(lambda: losses.append(self._batch(held)), self.device)
+        there = sum(tensor.nbytes for tensor in (x, target) if tensor.device == self.device)
+        rise = allocated_peak(lambda: losses.append(self._batch(x, target)), self.device)
         self.measured = resident + there + rise
         return losses[0]
 
     def _set_lr(self, progress: float) -> None:
-        share = (1.0 + math.cos(math.pi * progress)) / 2.0
+        share = min(1.0, progress / WARM_UP) * (1.0 + math.cos(math.pi * progress)) / 2.0
         for optimizer, rates in zip(self.optimizers, self._lr, strict=True):
             for group, lr in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = lr * share
 
     @torch.no_grad()
-    def accuracies(self, source: Source, advance: Advance = lambda _: None) -> list[float]:
+    def accuracies(self, source: Source) -> list[float]:
         """The share of images that each exit of the block gets right."""
         right = torch.zeros(len(self.units), dtype=torch.int64)
         for unit in self.units:
@@ -108,7 +110,6 @@ class Worker:
             for index, unit in enumerate(self.units):
                 value = unit.unit(value)
                 right[index] += (unit.head(value).argmax(1) == expected).sum().cpu()
-            advance(1)
         return (right / len(source)).tolist()
 
     def state(self) -> dict[str, Any]:

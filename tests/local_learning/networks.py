@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from convbn_compile.local_learning import NeuroFlux
+from convbn_compile.local_learning import NeuroFlux, Profile
+from convbn_compile.local_learning.profiler import UnitProfile
 
 CLASSES = 4
 IMAGES = 60
@@ -50,15 +51,24 @@ def uncompiled():
         yield
 
 
-BUDGET = 150_000
-"""Bytes: three blocks, of one unit each."""
-
-
 def flux(folder, model=None, **changed):
-    """Of the network, in three blocks."""
+    """Of the network."""
     options = {"batch_size_limit": 20, "lr_batch_size": 20, "options": EAGER, "similarity": 0.1, **changed}
-    budget = options.pop("memory_budget", BUDGET)
+    budget = options.pop("memory_budget", 200_000)
     return NeuroFlux(network() if model is None else model, CLASSES, budget, folder, **options)
+
+
+def profiled_as(run, *batches):
+    """Lines by which the batches that fill the budget are these: what is measured depends on the processor."""
+    built = run._build(images()[:2][0])
+    usable = run.memory_budget * (1 - run.margin)
+    run._profile = Profile(
+        tuple(
+            UnitProfile(unit.name, shape, 0, 1, 0, (), slope=usable / (batch + 0.5))
+            for unit, shape, batch in zip(built.units, built.shapes, batches, strict=True)
+        )
+    )
+    return run
 
 
 def values(local):
@@ -70,9 +80,9 @@ def values(local):
     }
 
 
-def fitted(folder, *, epochs=2, model=None, data=None, **changed):
-    """A run that is done, without compilation."""
-    run = flux(folder, model, **changed)
+def fitted(folder, *, epochs=2, model=None, data=None, batches=(9, 14, 20), **changed):
+    """A run that is done, in three blocks of one unit each, without compilation."""
+    run = profiled_as(flux(folder, model, **changed), *batches)
     with uncompiled():
         run.fit(data or images(), images(24, 2), epochs, progress=False)
     return run

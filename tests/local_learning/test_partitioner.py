@@ -10,9 +10,9 @@ from convbn_compile.local_learning.partitioner import Partitioner
 from convbn_compile.local_learning.profiler import UnitProfile
 
 
-def unit(name, resident, passing, slope):
+def unit(name, resident, passing, slope, input_bytes=0):
     """All in bytes."""
-    return UnitProfile(name, (1,), 1, resident, ((2, 0), (4, 0), (8, 0)), resident + passing, slope, 1.0)
+    return UnitProfile(name, (1,), input_bytes, 1, resident, (), resident + passing, slope)
 
 
 def partitioner(budget=1000, margin=0.0, limit=512, similarity=0.4, fixed=0):
@@ -42,6 +42,12 @@ def test_like_units_are_a_block_whose_residents_add_up():
     plan = partitioner().plan([unit("a", 100, 50, 10), unit("b", 100, 50, 9)])
     assert groups(plan) == [(("a", "b"), 75)]
     assert plan.blocks[0].predicted == 200 + 50 + 750
+
+
+def test_the_input_of_a_block_is_there_beside_those_of_its_units():
+    units = [unit("a", 0, 0, 10, 4), unit("b", 0, 0, 8, 3)]
+    assert groups(partitioner().plan(units)) == [(("a", "b"), 83)]
+    assert groups(partitioner(similarity=0).plan(units)) == [(("a",), 100), (("b",), 125)]
 
 
 def test_unlike_units_are_blocks():
@@ -84,23 +90,28 @@ def test_it_prints():
 
 
 sizes = st.floats(0, 400)
-networks = st.lists(st.tuples(sizes, sizes, st.floats(0, 200)), min_size=1, max_size=8)
+networks = st.lists(st.tuples(sizes, sizes, st.floats(0, 150), st.integers(0, 50)), min_size=1, max_size=8)
 
 
 @settings(max_examples=200, deadline=None)
 @given(networks, st.floats(0, 2), st.sampled_from([0.0, 0.1]))
 def test_every_block_fits(network, similarity, margin):
-    units = [
-        unit(str(index), int(resident), passing, slope) for index, (resident, passing, slope) in enumerate(network)
-    ]
+    units = [unit(str(index), int(resident), *line) for index, (resident, *line) in enumerate(network)]
     plan = partitioner(1200, margin, 64, similarity).plan(units)
     assert [name for block in plan.blocks for name in block.names] == [each.name for each in units]
     for block in plan.blocks:
         members = [units[index] for index in block.units]
         resident = sum(each.resident for each in members)
-        needed = [resident + each.intercept - each.resident + each.slope * block.batch_size for each in members]
+        slopes = [
+            each.slope + (index > block.first) * members[0].input_bytes
+            for index, each in enumerate(members, block.first)
+        ]
+        needed = [
+            resident + each.intercept - each.resident + slope * block.batch_size
+            for each, slope in zip(members, slopes, strict=True)
+        ]
         assert max(needed) <= 1200 * (1 - margin) + 1e-6
         assert 1 <= block.batch_size <= 64
         assert max(needed) <= block.predicted < max(needed) + 1 + 1e-6
-        larger = max(need + each.slope for need, each in zip(needed, members, strict=True))
-        assert block.batch_size == 64 or larger > 1200 * (1 - margin) - 1 or max(each.slope for each in members) < 1
+        larger = max(need + slope for need, slope in zip(needed, slopes, strict=True))
+        assert block.batch_size == 64 or larger > 1200 * (1 - margin) - 1e-6

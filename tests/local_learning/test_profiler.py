@@ -10,11 +10,11 @@ from local_learning.networks import CLASSES, flux, images, uncompiled, values
 from torch import nn
 
 from convbn_compile.local_learning import NeuroFlux
-from convbn_compile.local_learning.profiler import Profile, UnitProfile, fitted
+from convbn_compile.local_learning.profiler import Profile, UnitProfile, _extended, fitted
 
 
 def made(*points, resident=0):
-    return fitted(UnitProfile("unit", (1,), 1, resident, points, 0.0, 0.0, 0.0))
+    return fitted(UnitProfile("unit", (1,), 4, 1, resident, points))
 
 
 def vgg(build, classes=10):
@@ -58,13 +58,25 @@ def test_bytes_that_do_not_grow():
     assert (profile.intercept, profile.slope, profile.r2) == (100, 0, 1)
 
 
-def test_more_points_where_there_is_no_line(tmp_path):
-    run = flux(tmp_path)
-    with uncompiled():
-        found = run.profile(images()[:2][0], progress=False)
-    bent = [unit for unit in found.units if not unit.linear]
-    assert bent
-    assert all(len(unit.points) >= 4 for unit in bent)
+def test_a_point_where_the_budget_ends():
+    profile = _extended(made((2, 120), (4, 140), (8, 180)), lambda batch: 100 + 10 * batch, 1000, 512)
+    assert profile.points == ((2, 120), (4, 140), (8, 180), (90, 1000))
+    assert _extended(profile, lambda batch: 100 + 10 * batch, 1000, 30).points[-1] == (30, 400)
+
+
+def test_no_point_beyond_the_budget():
+    first = made((2, 120), (4, 140), (8, 180))
+    assert _extended(first, lambda batch: 1 // 0, 170, 512) == first
+
+
+def test_more_points_where_there_is_no_line():
+    def bytes_at(batch):
+        return 100 + 10 * batch + 50 * max(0, batch - 20) ** 2
+
+    profile = _extended(made(*((batch, bytes_at(batch)) for batch in (2, 4, 8))), bytes_at, 500, 512)
+    assert [batch for batch, _ in profile.points] == [2, 4, 8, 24, 40]
+    assert not profile.linear
+    assert all(profile.at(batch) >= size - 1e-6 for batch, size in profile.points)
 
 
 def test_bytes_are_those_of_a_step(tmp_path):
@@ -75,6 +87,7 @@ def test_bytes_are_those_of_a_step(tmp_path):
     unit = run._network.units[0]
     parameters = sum(one.nbytes for one in unit.parameters())
     buffers = sum(one.nbytes for one in unit.buffers())
+    assert profile.input_bytes == 4 * 3 * 8 * 8
     steps = 4 * len(list(unit.parameters()))
     assert profile.resident == 3 * parameters + buffers + steps
     batch, size = profile.points[-1]
@@ -120,7 +133,7 @@ def test_a_new_shape_makes_new_heads(tmp_path):
         run.profile(torch.randn(5, 3, 8, 8), progress=False)
         assert [unit.head for unit in run._network.units] == heads
         run.profile(torch.randn(2, 3, 16, 16), progress=False)
-    assert [unit.head for unit in run._network.units][0] is not heads[0]
+    assert run._network.units[0].head is not heads[0]
     assert run._network.units[-1].head(torch.randn(1, 16, 4, 4)).shape == (1, CLASSES)
 
 

@@ -150,8 +150,8 @@ def test_a_run_that_is_done_is_loaded(tmp_path):
 DIFFERENT = {
     "epochs": ({}, 2, "holds a run with epochs = 1, here it is 2."),
     "seed": ({"seed": 3}, 1, "holds a run with seed = 0, here it is 3."),
-    "memory_budget": ({"memory_budget": 10**6}, 1, "holds a run with memory_budget = 150000, here it is 1000000."),
-    "optimizer": ({"optimizer": torch.optim.Adam}, 1, "holds a run with optimizer = 'SGD "),
+    "memory_budget": ({"memory_budget": 10**6}, 1, "holds a run with memory_budget = 200000, here it is 1000000."),
+    "optimizer": ({"optimizer": torch.optim.Adam}, 1, 'holds a run with optimizer = "SGD {'),
     "cache_dtype": ({"cache_dtype": torch.float16}, 1, "here it is 'torch.float16'."),
 }
 

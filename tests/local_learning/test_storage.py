@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from local_learning.networks import fitted, flux, images, uncompiled
+from local_learning.networks import fitted, flux, images, profiled_as, uncompiled
 
 from convbn_compile.local_learning._choice import Costs, choose
 from convbn_compile.local_learning.storage import CacheWriter, Speed, Storage, checksum, opened
@@ -61,7 +61,7 @@ def test_two_caches_count(tmp_path, monkeypatch):
     """The next cache is written before the last is deleted."""
     first, second = (84 * 4 * 8 * side * side for side in (8, 4))
     monkeypatch.setattr(Storage, "free", first + second - 1)
-    run = flux(tmp_path, cache="always")
+    run = profiled_as(flux(tmp_path, cache="always"), 9, 14, 20)
     with uncompiled(), pytest.raises(ValueError, match="MiB free, and caches take"):
         run.fit(images(), images(24, 2), 1, progress=False)
 
@@ -90,7 +90,7 @@ def test_rows(dtype, tmp_path):
     assert not storage.path("cache_0_train.npy").exists()
     entry = writer.close()
     assert entry == {"file": "cache_0_train.npy", "sha256": checksum(storage.path("cache_0_train.npy"))}
-    assert torch.equal(torch.from_numpy(opened(storage.path("cache_0_train.npy"))[:]), rows.to(dtype))
+    assert torch.equal(torch.from_numpy(opened(storage.path("cache_0_train.npy")).copy()), rows.to(dtype))
 
 
 def test_a_cache_that_is_not_full(tmp_path):

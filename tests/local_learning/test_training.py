@@ -2,12 +2,25 @@
 
 import copy
 import logging
+import math
 import re
+from functools import partial
 
 import numpy
 import pytest
 import torch
-from local_learning.networks import CLASSES, EAGER, IMAGES, fitted, flux, images, network, uncompiled, values
+from local_learning.networks import (
+    CLASSES,
+    EAGER,
+    IMAGES,
+    fitted,
+    flux,
+    images,
+    network,
+    profiled_as,
+    uncompiled,
+    values,
+)
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
@@ -22,9 +35,9 @@ def differences(first, second):
 
 
 def test_it_is_local_learning(tmp_path):
-    """One block against the method written down again: a loss for each unit, and nothing goes back to the one before."""
-    run = flux(tmp_path, memory_budget="10MiB", optimizer=lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9))
-    run._build(images()[:2][0])
+    """One block against the method written down again: a loss for each unit, and nothing goes back through it."""
+    sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    run = profiled_as(flux(tmp_path, optimizer=sgd), 20, 20, 20)
     expected = [copy.deepcopy(unit).train() for unit in run._network.units]
     momentum = [[torch.zeros_like(one) for one in unit.parameters()] for unit in expected]
     with uncompiled():
@@ -33,7 +46,8 @@ def test_it_is_local_learning(tmp_path):
     for epoch in range(2):
         torch.manual_seed(epoch)
         for step, chosen in enumerate(torch.randperm(IMAGES).split(20)):
-            lr = 0.1 * (1 + torch.cos(torch.tensor(torch.pi * (epoch * 3 + step) / 6, dtype=torch.float64)).item()) / 2
+            done = (epoch * 3 + step + 0.5) / 6
+            lr = 0.1 * min(1, 10 * done) * (1 + math.cos(math.pi * done)) / 2
             x, target = images()[chosen]
             for unit, before in zip(expected, momentum, strict=True):
                 output = unit.unit(x)
@@ -70,7 +84,7 @@ def test_compiled_steps_are_eager_steps(tmp_path):
 
 
 def test_a_block_is_compiled_once_for_all_batches(tmp_path, monkeypatch):
-    run, graphs = flux(tmp_path, batch_size_limit=12), []
+    run, graphs = flux(tmp_path, batch_size_limit=14, memory_budget="1MiB"), []
     from convbn_compile import lowering
 
     compiled = lowering.lower
@@ -79,19 +93,30 @@ def test_a_block_is_compiled_once_for_all_batches(tmp_path, monkeypatch):
     )
     run.fit(images(), images(24, 2), 1, progress=False)
     assert len(graphs) == 3
-    assert {block.batch_size for block in run._plan.blocks} != {12}
+    assert all(8 < block.batch_size <= 14 for block in run._plan.blocks)
 
 
 def test_a_cached_run_is_the_recomputed_run(tmp_path):
-    cached, recomputed = (
-        fitted(tmp_path / "a", cache="always"),
-        fitted(tmp_path / "b", cache="never", memory_budget=180_000),
-    )
-    same = fitted(tmp_path / "c", cache="always", memory_budget=180_000)
+    """Bit for bit, with the same plan; the weights before count in that of cache="never"."""
+    cached, recomputed = flux(tmp_path / "a", cache="always"), flux(tmp_path / "b", cache="never")
+    plan = profiled_as(cached, 9, 14, 20).plan()
+    profiled_as(recomputed, 9, 14, 20)._plan = plan
+    with uncompiled():
+        for run in (cached, recomputed):
+            run.fit(images(), images(24, 2), 2, progress=False)
     sources = [[block.source for block in run._report.blocks] for run in (cached, recomputed)]
     assert sources == [["data", "cache", "cache"], ["data", "recomputed", "recomputed"]]
-    if [b.batch_size for b in same._plan.blocks] == [b.batch_size for b in recomputed._plan.blocks]:
-        assert not differences(same, recomputed)
+    assert not differences(cached, recomputed)
+    assert cached.exits() == recomputed.exits()
+
+
+def test_recomputing_counts_the_weights_before(tmp_path):
+    caching, recomputing = flux(tmp_path, cache="always"), flux(tmp_path, cache="never")
+    for run in (caching, recomputing):
+        profiled_as(run, 9, 14, 20)
+    weights = sum(one.nbytes for unit in caching._network.units for one in (*unit.parameters(), *unit.buffers()))
+    for with_cache, without in zip(caching.plan().blocks, recomputing.plan().blocks, strict=False):
+        assert without.resident == with_cache.resident + weights
 
 
 def test_a_mutant_of_the_cache_is_seen(tmp_path, monkeypatch):
@@ -130,7 +155,9 @@ def test_augmented_images_are_not_cached(tmp_path, caplog):
 
 def test_measured_bytes_are_within_the_budget(tmp_path):
     for budget in (110_000, 150_000, 300_000):
-        run = fitted(tmp_path / str(budget), memory_budget=budget, epochs=1)
+        run = flux(tmp_path / str(budget), memory_budget=budget)
+        with uncompiled():
+            run.fit(images(), images(24, 2), 1, progress=False)
         for block in run._report.blocks:
             assert 0.3 * block.predicted < block.measured <= budget
         assert run._report.peak == max(block.measured for block in run._report.blocks)
@@ -185,18 +212,18 @@ def test_frozen_parameters_stay(tmp_path):
 
 
 def test_fewer_images_than_a_batch(tmp_path):
-    run = fitted(tmp_path, data=images(7), epochs=1, memory_budget="10MiB")
-    assert [block.batch_size for block in run._report.blocks] == [7]
+    run = fitted(tmp_path, data=images(7), epochs=1)
+    assert [block.batch_size for block in run._report.blocks] == [7, 7, 7]
 
 
-def test_learning_rates_are_in_proportion_to_batches():
+def test_learning_rates_go_with_the_root_of_the_batch():
     unit = LocalUnit(Unit("0", network()[0]), nn.Linear(1, 1), EAGER)
     worker = Worker([unit], lambda params: torch.optim.SGD(params, lr=0.1), 32, 128, 2)
     found = []
-    for progress in (0.0, 0.5, 1.0):
+    for progress in (0.0, 0.05, 0.5, 1.0):
         worker._set_lr(progress)
         found.append(worker.optimizers[0].param_groups[0]["lr"])
-    assert found == pytest.approx([0.025, 0.0125, 0.0])
+    assert found == pytest.approx([0.0, 0.025 * math.cos(math.pi / 40) ** 2, 0.025, 0.0])
 
 
 def test_dropout_and_the_seed(tmp_path):
@@ -208,22 +235,36 @@ def test_dropout_and_the_seed(tmp_path):
 def test_random_numbers_of_others_are_left_alone(tmp_path):
     state = torch.get_rng_state()
     run = flux(tmp_path)
+    data = images()
     torch.set_rng_state(state)
     with uncompiled():
-        run.fit(images(), images(24, 2), 1, progress=False)
+        run.fit(data, images(24, 2), 1, progress=False)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_report(tmp_path, caplog):
     caplog.set_level(logging.INFO, "convbn_compile.local_learning")
-    run = fitted(tmp_path, epochs=1)
+    run = fitted(tmp_path, epochs=1, cache="always")
     printed = str(run._report)
     assert re.search(r"block +units +batch size +MiB predicted +MiB measured +seconds +input", printed)
     assert re.search(r"exit +accuracy +parameters", printed)
     assert f"Exit {run._report.chosen.name}: " in printed
     assert run._report.to_dict()["blocks"][0]["names"] == ("0",)
-    for line in ("block 1: its input is cached: ", "block 0, epoch 0: losses ", "block 2: accuracies "):
+    for line in ("block 1: its input is cached: ", "block 0, epoch 0: losses ", "; accuracies "):
         assert line in caplog.text
+
+
+def test_history(tmp_path):
+    report = fitted(tmp_path, epochs=3)._report
+    assert [(each["block"], each["epoch"]) for each in report.history] == [(k, e) for k in range(3) for e in range(3)]
+    seconds = [each["seconds"] for each in report.history]
+    assert seconds == sorted(seconds)
+    assert seconds[-1] == pytest.approx(report.seconds)
+    assert [each["accuracies"][0] for each in report.history[2::3]] == [each.accuracy for each in report.exits]
+    best = max(each["accuracies"][0] for each in report.history)
+    first = next(each for each in report.history if each["accuracies"][0] == best)
+    assert report.seconds_to(best) == first["seconds"]
+    assert report.seconds_to(best + 0.01) is None
 
 
 def test_nothing_is_left_of_caches(tmp_path):

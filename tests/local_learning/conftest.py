@@ -1,0 +1,12 @@
+"""Measured bytes depend on the number of threads: one, as beside other processes of the suite."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
