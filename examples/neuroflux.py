@@ -19,6 +19,7 @@ import argparse
 import logging
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -34,7 +35,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint_sequential
 from torch.utils.data import TensorDataset
 
-from convbn_compile.local_learning import NeuroFlux, Report
+from convbn_compile.local_learning import NeuroFlux, Profile, Report
 from convbn_compile.models import declare_torchvision_operators
 
 declare_torchvision_operators()
@@ -118,8 +119,8 @@ def images(digits: Digits) -> TensorDataset:
     return TensorDataset(enlarged.repeat(1, 3, 1, 1), digits.labels)
 
 
-def train(network: str, contender: str, args: argparse.Namespace) -> Report | str:
-    """What a contender comes to, or why it does not fit."""
+def train(network: str, contender: str, args: argparse.Namespace) -> tuple[Profile, Report | str]:
+    """The profile of a contender, and what it comes to, or why it does not fit."""
     train, test = map(images, load_digits(args.train_images, args.test_images, args.seed))
     change, arguments = CONTENDERS[contender]
     torch.manual_seed(args.seed)
@@ -127,17 +128,18 @@ def train(network: str, contender: str, args: argparse.Namespace) -> Report | st
     shared = {"seed": args.seed, "options": {"lowering": args.lowering}, "optimizer": partial(sgd, lr=args.lr)}
     with tempfile.TemporaryDirectory() as folder:
         flux = NeuroFlux(model, CLASSES, args.budget[network], folder, **shared, **arguments)
+        profile = flux.profile(train[:2][0])
         try:
-            profile, plan = flux.profile(train[:2][0]), flux.plan()
+            plan = flux.plan()
         except ValueError as error:
-            return str(error)
+            return profile, str(error)
         if contender == "NeuroFlux":
             print(f"{network}\n{profile}\n\n{plan}\n")
             args.out.mkdir(parents=True, exist_ok=True)
             profile.plot(args.out / f"neuroflux_{network}_profile.png")
         report = flux.fit(train, test, args.epochs)
     print(f"{network}, {contender}\n{report}\n")
-    return report
+    return profile, report
 
 
 def sgd(parameters: Any, lr: float) -> torch.optim.Optimizer:
@@ -205,16 +207,21 @@ def main() -> None:
     args = parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("convbn_compile.local_learning").setLevel(logging.INFO)
-    figures, reports = {}, {}
+    figures: dict[str, Any] = {}
+    reports: dict[str, dict[str, Report]] = {}
     for network in args.networks:
         found = {contender: train(network, contender, args) for contender in args.contenders}
-        reports[network] = fitting = {name: each for name, each in found.items() if isinstance(each, Report)}
-        target = min(max(each.accuracy for each in report.exits) for report in fitting.values())
-        rows = {name: row(each, target) for name, each in found.items()}
+        reports[network] = {name: report for name, (_, report) in found.items() if isinstance(report, Report)}
+        bests = [max(each.accuracy for each in report.exits) for report in reports[network].values()]
+        rows = {name: row(report, min(bests, default=1.0)) for name, (_, report) in found.items()}
         print(tabulate([{network: name, **each} for name, each in rows.items()], headers="keys", floatfmt=".3f"), "\n")
         figures[network] = {
-            name: {"row": rows[name], "report": each.to_dict() if isinstance(each, Report) else each}
-            for name, each in found.items()
+            name: {
+                "row": rows[name],
+                "profile": [asdict(unit) for unit in profile.units],
+                "report": report.to_dict() if isinstance(report, Report) else report,
+            }
+            for name, (profile, report) in found.items()
         }
     args.out.mkdir(parents=True, exist_ok=True)
     plot(reports, args.out / "neuroflux.png")

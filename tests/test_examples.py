@@ -123,3 +123,13 @@ def test_dtl(tmp_path):
     assert figures["methods"]["linear probe"]["trained"] == 0 < figures["methods"]["DTL+"]["trained"]
     assert figures["frozen bottleneck"]["convbn_tune"] < 0.1 < figures["frozen bottleneck"]["eager"]
     assert (tmp_path / "dtl.png").exists()
+
+
+def test_neuroflux(tmp_path):
+    sizes = ["--networks", "tiny", "--epochs", 1, "--train-images", 100, "--test-images", 50]
+    printed = run("neuroflux.py", *sizes, "--contenders", "NeuroFlux", "backprop", "--out", tmp_path)
+    assert "batch size" in printed
+    figures = json.loads((tmp_path / "neuroflux.json").read_text())["tiny"]
+    assert all(report["row"]["peak MiB"] <= 8 for report in figures.values())
+    assert all(unit["r2"] > 0.99 for unit in figures["NeuroFlux"]["profile"])
+    assert {file.name for file in tmp_path.glob("*.png")} == {"neuroflux.png", "neuroflux_tiny_profile.png"}
