@@ -75,7 +75,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 def parts(model: Any) -> tuple[nn.Sequential, nn.Module]:
     """What comes before the classifier, one after the other, and the classifier."""
     if isinstance(model, torchvision.models.VGG):
-        return model.features, nn.Sequential(model.avgpool, nn.Flatten(), model.classifier)
+        starts = [index for index, layer in enumerate(model.features) if isinstance(layer, nn.Conv2d)]
+        layers = [model.features[start:end] for start, end in zip(starts, [*starts[1:], None], strict=True)]
+        return nn.Sequential(*layers), nn.Sequential(model.avgpool, nn.Flatten(), model.classifier)
     stem = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool)
     blocks = [block for stage in (model.layer1, model.layer2, model.layer3, model.layer4) for block in stage]
     return nn.Sequential(stem, *blocks), nn.Sequential(model.avgpool, nn.Flatten(), model.fc)
@@ -125,12 +127,20 @@ def train(network: str, contender: str, args: argparse.Namespace) -> tuple[Profi
     change, arguments = CONTENDERS[contender]
     torch.manual_seed(args.seed)
     model = change(NETWORKS[network]())
-    shared = {"seed": args.seed, "options": {"lowering": args.lowering}, "optimizer": partial(sgd, lr=args.lr)}
+    shared = {
+        "seed": args.seed,
+        "batch_size_limit": args.batch_size_limit,
+        "optimizer": partial(sgd, lr=args.lr),
+        "options": {"lowering": args.lowering},
+    }
     with tempfile.TemporaryDirectory() as folder:
         flux = NeuroFlux(model, CLASSES, args.budget[network], folder, **shared, **arguments)
         profile = flux.profile(train[:2][0])
         try:
             plan = flux.plan()
+            if contender == "classic local learning":
+                flux.batch_size_limit = min(block.batch_size for block in plan.blocks)
+                plan = flux.plan()
         except ValueError as error:
             return profile, str(error)
         if contender == "NeuroFlux":
@@ -177,7 +187,7 @@ def plot(found: dict[str, dict[str, Report]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-BUDGETS = {"vgg11": "170MiB", "vgg16": "170MiB", "resnet18": "170MiB", "tiny": "8MiB"}
+BUDGETS = {"vgg11": "150MiB", "vgg16": "215MiB", "resnet18": "170MiB", "tiny": "8MiB"}
 
 
 def parse_args() -> argparse.Namespace:
@@ -188,7 +198,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["vgg11", "resnet18"], help="to train")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="to compare")
     parser.add_argument("--budget", help="of memory, for every network, such as 200MiB; default: " + str(BUDGETS))
-    parser.add_argument("--epochs", type=int, default=4, help="of each block")
+    parser.add_argument("--epochs", type=int, default=3, help="of each block")
+    parser.add_argument("--batch-size-limit", type=int, default=128, help="the largest batch: 4000 images are few")
     parser.add_argument("--lr", type=float, default=0.05, help="learning rate for a batch of 128")
     parser.add_argument("--train-images", type=int, default=4000, help="images to train on")
     parser.add_argument("--test-images", type=int, default=1000, help="held-out images")
