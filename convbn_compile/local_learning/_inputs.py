@@ -154,7 +154,8 @@ class Inputs:
                 self.state.cache[split] = self._written(split, self.state.cuts[-1], self._chain(split))
             self.storage.commit(self.state.to_dict(), self.state.entries)
         entries = self.state.cache[split]
-        return Cache(self.storage.path(entries["rows"]["file"]), self.storage.load(entries["labels"]))
+        dtype = next(self.network.units[0].parameters()).dtype
+        return Cache(self.storage.path(entries["rows"]["file"]), self.storage.load(entries["labels"]), dtype)
 
     def _chain(self, split: str) -> Source:
         """What the last cache holds, from the images through every cache that there has been."""

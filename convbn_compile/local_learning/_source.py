@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,14 +59,14 @@ class Images:
                 "The dataset has to be one of pairs: an image, as a tensor, and its class, as an int; "
                 f"a batch of it is {type(batch).__name__} of {[type(one).__name__ for one in batch]}."
             )
-        x, y = batch[0], batch[1].long()
-        low, high = int(y.min()), int(y.max())
-        if y.dim() != 1 or low < 0 or high >= self.num_classes:
+        x, y = batch
+        low, high = y.min().item(), y.max().item()
+        if y.dim() != 1 or y.is_floating_point() or low < 0 or high >= self.num_classes:
             raise ValueError(
-                f"Classes have to be from 0 to num_classes - 1 = {self.num_classes - 1}, one for each image, got "
-                f"{low} to {high} of shape {list(y.shape)}."
+                f"Classes have to be integers from 0 to num_classes - 1 = {self.num_classes - 1}, one for each image, "
+                f"got {low} to {high} in {y.dtype} of shape {list(y.shape)}."
             )
-        return x, y
+        return x, y.long()
 
     @property
     def augments(self) -> bool:
@@ -83,20 +83,21 @@ class Cache:
     Attributes:
         file: of the rows.
         labels: of all images, int64 [n].
+        dtype: of the network.
     """
 
     file: Path
     labels: Tensor
-    _rows: list[Any] = field(default_factory=list, repr=False, compare=False)
+    dtype: torch.dtype
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batches(self, indices: Sequence[Tensor]) -> Iterator[Batch]:
-        """Read as they are asked for, in float32."""
+        """Read as they are asked for."""
         rows = opened(self.file)
         for each in indices:
-            yield torch.from_numpy(rows[each.numpy()]).float(), self.labels[each]
+            yield torch.from_numpy(rows[each.numpy()]).to(self.dtype), self.labels[each]
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Through:
                 value = unit(value)
             done.append(value.contiguous())
         whole = torch.cat(done) if len(done) > 1 else done[0]
-        return whole if self.rounded is None else whole.to(self.rounded).float()
+        return whole if self.rounded is None else whole.to(self.rounded).to(whole.dtype)
 
 
 def check_dataset(name: str, dataset: Any) -> None:

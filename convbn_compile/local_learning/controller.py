@@ -68,8 +68,6 @@ class Controller:
         for block, entry in zip(self.plan.blocks, state.finished, strict=False):
             for index, values in zip(block.units, self.storage.load(entry), strict=True):
                 units[index].load_state_dict(values)
-        if state.block or state.epoch:
-            logger.info("going on at block %d after %d epochs", state.block, state.epoch)
 
     def _train(self, number: int) -> None:
         """A block, from where it is to its end."""

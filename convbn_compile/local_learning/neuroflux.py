@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from convbn_compile import _torch
 from convbn_compile._arguments import count, located, num_bytes, one_of, share, shown
-from convbn_compile.local_learning._inputs import Training, cache_bytes, check_space, progress_bar
+from convbn_compile.local_learning._inputs import Training, cache_bytes, check_space, logger, progress_bar
 from convbn_compile.local_learning._local import Optimizer, resident_bytes, sgd
 from convbn_compile.local_learning._network import Network, built
 from convbn_compile.local_learning._source import Images, check_dataset
@@ -206,6 +206,7 @@ class NeuroFlux:
             state = self._begin(storage, settings, example, data, progress=progress)
         else:
             state = State.read(manifest, settings, storage.folder)
+            logger.warning("going on with the run in %s: %d blocks are done", storage.folder, state.block)
         blocks = tuple(Block(**{**block, "names": tuple(block["names"])}) for block in state.plan)
         plan = Plan(blocks, self.memory_budget, self.margin)
         training = Training(

@@ -36,12 +36,13 @@ def network(seed=0, dropout=0.0):
     return modules
 
 
-def images(number=IMAGES, seed=1):
+def images(number=IMAGES, seed=1, *, double=False):
     """A class is a direction, so that there is something to learn."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(number) % CLASSES
     directions = torch.randn(CLASSES, 3, 8, 8, generator=torch.Generator().manual_seed(7))
-    return TensorDataset(directions[labels] + torch.randn(number, 3, 8, 8, generator=generator), labels)
+    pixels = directions[labels] + torch.randn(number, 3, 8, 8, generator=generator)
+    return TensorDataset(pixels.double() if double else pixels, labels)
 
 
 @contextlib.contextmanager
@@ -60,7 +61,8 @@ def flux(folder, model=None, **changed):
 
 def profiled_as(run, *batches):
     """Lines by which the batches that fill the budget are these: what is measured depends on the processor."""
-    built = run._build(images()[:2][0])
+    dtype = next(run._units.units[0].module.parameters()).dtype
+    built = run._build(images()[:2][0].to(dtype))
     usable = run.memory_budget * (1 - run.margin)
     run._profile = Profile(
         tuple(
@@ -80,9 +82,9 @@ def values(local):
     }
 
 
-def fitted(folder, *, epochs=2, model=None, data=None, batches=(9, 14, 20), **changed):
+def fitted(folder, *, epochs=2, model=None, data=None, batches=(9, 14, 20), double=False, **changed):
     """A run that is done, in three blocks of one unit each, without compilation."""
     run = profiled_as(flux(folder, model, **changed), *batches)
     with uncompiled():
-        run.fit(data or images(), images(24, 2), epochs, progress=False)
+        run.fit(data or images(), images(24, 2, double=double), epochs, progress=False)
     return run

@@ -105,12 +105,17 @@ DATA = {
     "a class too many": (
         TensorDataset(torch.randn(8, 3, 8, 8), torch.arange(8)),
         ValueError,
-        "Classes have to be from 0 to num_classes - 1 = 3",
+        "Classes have to be integers from 0 to num_classes - 1 = 3",
     ),
     "a negative class": (
         TensorDataset(torch.randn(8, 3, 8, 8), -torch.ones(8, dtype=torch.int64)),
         ValueError,
-        "got -1 to -1 of shape",
+        "got -1 to -1 in torch.int64 of shape [",
+    ),
+    "classes that are no integers": (
+        TensorDataset(torch.randn(8, 3, 8, 8), torch.rand(8)),
+        ValueError,
+        "in torch.float32 of shape [",
     ),
 }
 

@@ -320,6 +320,13 @@ def test_a_dataset_of_lists_and_numbers(tmp_path):
     assert not differences(whole, listed)
 
 
+def test_float64(tmp_path):
+    modules = [module.double() for module in network()]
+    run = fitted(tmp_path, model=modules, cache="always", epochs=1, data=images(double=True), double=True)
+    assert all(value.dtype in (torch.float64, torch.int64) for value in values(run).values())
+    assert len(run.exits()) == 3
+
+
 def test_labels_of_other_integers(tmp_path):
     x, target = images()[:]
     assert fitted(tmp_path, epochs=1, data=TensorDataset(x, target.to(torch.uint8))).exits()
