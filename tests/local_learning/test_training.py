@@ -27,6 +27,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from convbn_compile.local_learning._local import LocalUnit
 from convbn_compile.local_learning._units import Unit
+from convbn_compile.local_learning.report import Exit, chosen_exit
 from convbn_compile.local_learning.worker import Worker
 
 
@@ -189,6 +190,12 @@ def test_exits(tmp_path):
         assert torch.equal(run.export("last")(x), whole(x))
 
 
+def test_the_earliest_exit_that_is_good_enough():
+    exits = [Exit(unit, str(unit), accuracy, 1) for unit, accuracy in enumerate([0.5, 0.88, 0.9, 0.9, 0.4])]
+    chosen = {tolerance: chosen_exit(exits, tolerance).unit for tolerance in (0.0, 0.01, 0.03, 0.5)}
+    assert chosen == {0.0: 2, 0.01: 2, 0.03: 1, 0.5: 0}
+
+
 def test_what_is_exported_is_a_copy(tmp_path):
     run = fitted(tmp_path, epochs=1)
     own = {id(one) for unit in run._network.units for one in unit.parameters()}
@@ -227,7 +234,12 @@ def test_learning_rates_go_with_the_root_of_the_batch():
 
 
 def test_dropout_and_the_seed(tmp_path):
-    first, second = (fitted(tmp_path / str(run), model=network(dropout=0.5), epochs=1) for run in range(2))
+    runs = []
+    for number in range(2):
+        model = network(dropout=0.5)
+        torch.manual_seed(number)  # of the user's own
+        runs.append(fitted(tmp_path / str(number), model=model, epochs=1))
+    first, second = runs
     assert not differences(first, second)
     assert differences(first, fitted(tmp_path / "other", model=network(dropout=0.5), epochs=1, seed=1))
 
