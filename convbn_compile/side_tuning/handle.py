@@ -46,7 +46,7 @@ class SideTuned:
         self.side_network = SideNetwork(settings, tapped, grid_of(model) if settings.plus else None)
         self._frozen = Frozen(model, head)
         model.add_module(SIDE, self.side_network)
-        self._installed = Installed(blocks, adapted, [self.side_network])
+        self._installed = Installed(model, blocks, adapted, [self.side_network])
         model.__dict__[HANDLE] = self
 
     @property

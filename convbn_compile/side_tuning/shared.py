@@ -64,7 +64,7 @@ def share_backbone(handles: Sequence[SideTuned]) -> nn.Module:
     sides = [twin.side_network for twin in twins]
     model.set_submodule(head, Heads([twin.model.get_submodule(head) for twin in twins]))
     model.add_module(SIDE, SideNetworks(sides))
-    Installed(twins[0].all_blocks, min(handle.adapted for handle in handles), sides)
+    Installed(model, twins[0].all_blocks, min(handle.adapted for handle in handles), sides)
     return model
 
 
