@@ -62,10 +62,15 @@ from torch.utils._python_dispatch import (
     autograd_would_have_decomposed,
     is_traceable_wrapper_subclass,
 )
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 BatchNormModule = _BatchNorm
 """The base class of nn.BatchNorm1d/2d/3d and nn.SyncBatchNorm."""
+
+SpectralNorms = (SpectralNorm, _SpectralNorm)
+"""Of torch.nn.utils, a hook of the module, and of torch.nn.utils.parametrizations, a module."""
 
 ConvolutionModule = _ConvNd
 """The base class of nn.Conv1d/2d/3d and nn.ConvTranspose1d/2d/3d."""
@@ -115,6 +120,7 @@ __all__ = [
     "ConvolutionModule",
     "DispatchMode",
     "GraphPass",
+    "SpectralNorms",
     "Lowered",
     "OnLowered",
     "allocation_peak",

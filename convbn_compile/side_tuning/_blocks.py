@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import torch
 from torch import nn
 
 from convbn_compile._runs import Named, Run, check_untouched
@@ -106,9 +107,36 @@ def widths(blocks: Sequence[Block], start: int) -> list[Width]:
     return [_width(block) for block in blocks if block.keeps_shape and block.stage in stages]
 
 
+def check_rank(rank: int, blocks: Sequence[Block], tapped: Sequence[Width]) -> None:
+    """See to it that taps are of low rank.
+
+    Args:
+        rank: d'.
+        blocks: all.
+        tapped: of those that are.
+
+    Raises:
+        ValueError: they are not.
+    """
+    for width in tapped:
+        if rank >= width.channels:
+            raise ValueError(
+                f"rank must be below the width of what is tapped, and {blocks[width.block].path} has "
+                f"{width.channels} channels, got {rank}."
+            )
+
+
+def _like(module: nn.Module) -> tuple[torch.dtype | None, torch.device | None]:
+    """Dtype and device of what computes in a block, since norms may be in float32 where the rest is not."""
+    layers = [each for each in module.modules() if isinstance(each, (nn.Linear, nn.Conv2d))]
+    for parameter in (parameter for each in (*layers, module) for parameter in each.parameters()):
+        if parameter.is_floating_point():
+            return parameter.dtype, parameter.device
+    return None, None
+
+
 def _width(block: Block) -> Width:
-    first = next((parameter for parameter in block.module.parameters() if parameter.is_floating_point()), None)
-    like = (None, None) if first is None else (first.dtype, first.device)
+    like = _like(block.module)
     for module in block.module.modules():
         if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
             channels = module.in_channels if isinstance(module, nn.Conv2d) else module.num_features

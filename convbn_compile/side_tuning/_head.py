@@ -66,8 +66,8 @@ def _named(model: nn.Module, given: Any) -> list[str]:
     return paths
 
 
-def check_apart(model: nn.Module, head: Sequence[str], frozen: Sequence[Block]) -> None:
-    """See to it that nothing of the head is of the frozen backbone.
+def check_head(model: nn.Module, head: Sequence[str], frozen: Sequence[Block]) -> None:
+    """See to it that the head can be trained, and nothing of it is of the frozen backbone.
 
     Args:
         model: the model.
@@ -75,9 +75,12 @@ def check_apart(model: nn.Module, head: Sequence[str], frozen: Sequence[Block]) 
         frozen: the blocks that run without a graph.
 
     Raises:
-        ValueError: a module of the head is inside of one of those, or has one inside; it shares a parameter.
+        ValueError: a parameter of the head is of integers; a module of it is inside of one of those, or has one inside; it shares a parameter.
     """
     prefixes = tuple(f"{path}." for path in head)
+    for name, parameter in model.named_parameters():
+        if name.startswith(prefixes) and not (parameter.is_floating_point() or parameter.is_complex()):
+            raise ValueError(f"head: {name} is {parameter.dtype}, and cannot be trained. Leave it out of head.")
     for block in frozen:
         for path in head:
             if f"{block.path}.".startswith(f"{path}.") or path.startswith(f"{block.path}."):

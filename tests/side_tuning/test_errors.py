@@ -99,6 +99,16 @@ def test_tied_heads():
         attach(net, blocks=[["1", "2"]])
 
 
+def test_a_head_of_integers():
+    """Nothing is left half changed."""
+    net = nn.Sequential(Residual(mlp()), nn.Linear(6, 2))
+    net[1].register_parameter("codes", nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False))
+    with pytest.raises(ValueError, match=re.escape("head: 1.codes is torch.int8, and cannot be trained")):
+        attach(net, blocks=[["0"]])
+    assert all(parameter.requires_grad for name, parameter in net.named_parameters() if name != "1.codes")
+    assert not hasattr(net, "side_network")
+
+
 class HeadFirst(nn.Module):
     """Registered before the blocks."""
 
