@@ -57,13 +57,13 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     autograd_would_have_decomposed,
     is_traceable_wrapper_subclass,
 )
-from torch.nn.utils.parametrizations import _SpectralNorm
-from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 BatchNormModule = _BatchNorm
@@ -120,9 +120,9 @@ __all__ = [
     "ConvolutionModule",
     "DispatchMode",
     "GraphPass",
-    "SpectralNorms",
     "Lowered",
     "OnLowered",
+    "SpectralNorms",
     "allocation_peak",
     "as_traced",
     "batch_norm_ops",

@@ -43,7 +43,11 @@ def _modules(model: nn.Module, without: Sequence[str]) -> Iterator[tuple[str, nn
 
 def _traits(module: nn.Module) -> dict[str, Any]:
     plain = {name: value for name, value in module.__dict__.items() if name not in IGNORED and _is_plain(value)}
-    return {"the class": f"{type(module).__module__}.{type(module).__qualname__}", "extra_repr()": module.extra_repr(), **plain}
+    return {
+        "the class": f"{type(module).__module__}.{type(module).__qualname__}",
+        "extra_repr()": module.extra_repr(),
+        **plain,
+    }
 
 
 def _is_plain(value: Any) -> bool:

@@ -27,9 +27,7 @@ class Installed:
         sides: of each task; they are children of the model.
     """
 
-    def __init__(
-        self, model: nn.Module, blocks: Sequence[Block], adapted: int, sides: Sequence[SideNetwork]
-    ) -> None:
+    def __init__(self, model: nn.Module, blocks: Sequence[Block], adapted: int, sides: Sequence[SideNetwork]) -> None:
         self.adapted, self.watch = adapted, Watch(model)
         self.steps = [Step(block, sides, self.watch, frozen=block.index <= adapted) for block in blocks]
         for step, after in zip(self.steps, self.steps[1:], strict=False):

@@ -31,11 +31,11 @@ class Watch:
         for hook in self.hooks:
             hook.remove()
 
-    def _before(self, model: nn.Module, args: Any) -> None:
+    def _before(self, *_: Any) -> None:
         if not torch.compiler.is_compiling():
             self.without_graph = None
 
-    def _after(self, model: nn.Module, args: Any, output: Any) -> None:
+    def _after(self, model: nn.Module, *_: Any) -> None:
         if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
             return
         if self.without_graph is not None:

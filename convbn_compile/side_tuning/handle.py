@@ -10,7 +10,7 @@ from torch import nn
 
 from convbn_compile._wrapped import unwrapped
 from convbn_compile.side_tuning._backbone import SIDE, Frozen
-from convbn_compile.side_tuning._blocks import Block, check_rank, first_adapted, widths
+from convbn_compile.side_tuning._blocks import Block
 from convbn_compile.side_tuning._fingerprint import fingerprint
 from convbn_compile.side_tuning._global_conv import grid_of
 from convbn_compile.side_tuning._head import check_head
@@ -18,6 +18,7 @@ from convbn_compile.side_tuning._installed import Installed
 from convbn_compile.side_tuning._side_network import Settings, SideNetwork
 from convbn_compile.side_tuning._state import check_tensors, load
 from convbn_compile.side_tuning._table import table
+from convbn_compile.side_tuning._widths import check_rank, first_adapted, widths
 
 HANDLE = "_convbn_side_tuned"
 """Where a model has its handle, in its __dict__."""
@@ -98,7 +99,9 @@ class SideTuned:
         return {"tensors": tensors, "settings": settings, "blocks": blocks, "backbone": self.fingerprint()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what state_dict returned, into a network with the same backbone and settings.
+        """Load what state_dict returned, into a network with the same backbone and settings: all of it or nothing.
+
+        Compared are the values of the backbone, not what its modules do with them.
 
         Args:
             state: of state_dict.

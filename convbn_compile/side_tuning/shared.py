@@ -48,8 +48,8 @@ def share_backbone(handles: Sequence[SideTuned]) -> nn.Module:
 
     Raises:
         TypeError: it is no list of handles.
-        ValueError: there are less than two; backbones or blocks differ, in weights or in what modules do; a model has no head or several, or one that
-            is elsewhere.
+        ValueError: there are less than two; backbones or blocks differ, in weights or in what modules do; a model has
+            no head or several, or one that is elsewhere.
 
     Examples:
         >>> import torch

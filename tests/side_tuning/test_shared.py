@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 from reversible.nets import NETS, image, make
 from support import relative_errors
@@ -147,6 +148,15 @@ def test_the_grid_is_that_of_the_shared_model(first):
     with torch.no_grad():
         for found, handle in zip(shared(x), handles, strict=True):
             torch.testing.assert_close(found, handle.model(x), rtol=1e-10, atol=1e-10)
+
+
+def test_a_grid_is_asked_for_by_convolutions_only():
+    """DTL takes images of any size."""
+    net = timm.models.vision_transformer.VisionTransformer(
+        32, 8, embed_dim=16, depth=2, num_heads=4, num_classes=5, dynamic_img_size=True
+    )
+    shared = share_backbone([attach(model) for model in (net, copy.deepcopy(net))])
+    assert [output.shape[1] for output in shared(torch.randn(2, 3, 16, 48))] == [5, 5]
 
 
 def test_grids_that_differ():
