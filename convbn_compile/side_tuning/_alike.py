@@ -11,6 +11,8 @@ from torch import nn
 PLAIN = (int, float, str, bool, type(None), FunctionType, BuiltinFunctionType)
 IGNORED = {*nn.Module().__dict__, "num_classes", "num_labels", "grad_checkpointing", "gradient_checkpointing"}
 """Attributes that change nothing of the values, or only the head's."""
+MARKS = ("_compiled_", "_ddp_", "_fsdp_", "_is_")
+"""What the names begin with of those that torch and transformers leave on modules."""
 
 
 def difference(one: nn.Module, other: nn.Module, without: Sequence[str]) -> str | None:
@@ -42,12 +44,16 @@ def _modules(model: nn.Module, without: Sequence[str]) -> Iterator[tuple[str, nn
 
 
 def _traits(module: nn.Module) -> dict[str, Any]:
-    plain = {name: value for name, value in module.__dict__.items() if name not in IGNORED and _is_plain(value)}
+    plain = {name: value for name, value in module.__dict__.items() if _counts(name) and _is_plain(value)}
     return {
         "the class": f"{type(module).__module__}.{type(module).__qualname__}",
         "extra_repr()": module.extra_repr(),
         **plain,
     }
+
+
+def _counts(name: str) -> bool:
+    return name not in IGNORED and not name.startswith(MARKS)
 
 
 def _is_plain(value: Any) -> bool:

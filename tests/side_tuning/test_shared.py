@@ -129,7 +129,12 @@ def test_models_that_compute_different_things():
 
 
 def test_heads_may_differ():
+    """And so may marks of torch.compile and transformers, and checkpoints."""
     handles = tasks("timm ViT", (1, 1))
+    torch.compile(handles[1].model, backend="eager")
+    handles[1].model.blocks[0].compile(backend="eager")
+    handles[1].model.norm._is_hf_initialized = True
+    handles[1].model.set_grad_checkpointing()
     handles[1].model.num_classes = 3
     handles[1].model.head = nn.Sequential(nn.Linear(16, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     assert [output.shape[1] for output in share_backbone(handles)(image())] == [2, 3]
