@@ -120,6 +120,8 @@ def test_a_tap_reads_what_it_can():
     assert back.u.dtype == back.c.dtype == torch.bfloat16
     product = second.product(Factors(factors.u, torch.ones_like(factors.c)))
     torch.testing.assert_close(product, factors.u.sum(1, keepdim=True).expand(3, 6))
+    assert second.to("meta")(z.to("meta", torch.bfloat16), None).u.dtype == torch.float32  # which has no autocast
+    second = Tap(6, 2, -1)
     with torch.autocast("cpu", torch.bfloat16):
         assert second(z, None).u.dtype == torch.bfloat16
 
