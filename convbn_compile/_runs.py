@@ -150,15 +150,22 @@ def check_untouched(path: str, block: nn.Module, consequence: str) -> None:
     Raises:
         ValueError: it has hooks, or a forward of its own.
     """
-    what = "hooks" if has_hooks(block) else "a forward of its own" if "forward" in block.__dict__ else None
+    hooks = hooks_of(block)
+    what = "hooks" if hooks else "a forward of its own" if "forward" in block.__dict__ else None
     if what:
-        raise ValueError(f"{path} has {what}, {consequence}")
+        which = f" Hooks: {', '.join(hooks)}." if hooks else ""
+        raise ValueError(f"{path} has {what}, {consequence}{which}")
 
 
-def has_hooks(block: nn.Module) -> bool:
-    """Whether something else runs when the block is called, or in its backward."""
-    hooks = (block._forward_hooks, block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks)
-    return any(len(each) for each in hooks)
+def hooks_of(block: nn.Module) -> list[str]:
+    """The names of what else runs when the block is called, or in its backward."""
+    kinds = (block._forward_hooks, block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks)
+    return [_name(hook) for hooks in kinds for hook in hooks.values()]
+
+
+def _name(hook: Any) -> str:
+    function = getattr(hook, "func", hook)  # of a partial
+    return f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
 
 
 def joined(path: str, name: str) -> str:

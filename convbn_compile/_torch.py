@@ -57,6 +57,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     autograd_would_have_decomposed,
@@ -66,6 +68,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 BatchNormModule = _BatchNorm
 """The base class of nn.BatchNorm1d/2d/3d and nn.SyncBatchNorm."""
+
+SpectralNorms = (SpectralNorm, _SpectralNorm)
+"""Of torch.nn.utils, a hook of the module, and of torch.nn.utils.parametrizations, a module."""
 
 ConvolutionModule = _ConvNd
 """The base class of nn.Conv1d/2d/3d and nn.ConvTranspose1d/2d/3d."""
@@ -117,6 +122,7 @@ __all__ = [
     "GraphPass",
     "Lowered",
     "OnLowered",
+    "SpectralNorms",
     "allocation_peak",
     "as_traced",
     "batch_norm_ops",

@@ -38,12 +38,12 @@ def attach(
     """Freeze a pretrained network and adapt it by a Compact Side Network, whose backward leaves out its first blocks.
 
     Disentangled Transfer Learning (DTL, DTL+; AAAI 2024). In place: the backbone's parameters keep their names, and
-    require no grad; its batch norms stay in eval mode through train(). Trained are the side network, which becomes the
-    child `side_network` of the model, and the head. Before training the model computes what it did.
+    require no grad; norms with running statistics stay in eval mode through train(). Trained are the side network,
+    which becomes the child `side_network` of the model, and the head. Before training the model computes what it did.
 
     Args:
-        model: a ViT, Swin, ConvNeXt, ResNet, ResNeXt or RegNet of timm or torchvision, with a head for the task; any
-            other with `blocks`.
+        model: a ViT, Swin, SwinV2, ConvNeXt, ResNet, ResNeXt or RegNet of timm or torchvision, or timm's Eva or Beit,
+            with a head for the task; any other with `blocks`.
         rank: d' of the taps; 2 for ViT, 4 for Swin in the paper.
         start: M, the first block whose output is adapted, from 0; "middle" is half of the blocks. Blocks before it run
             without a graph, so that memory falls with it.
@@ -62,7 +62,7 @@ def attach(
         TypeError: `model` is not a module; arguments of the wrong type.
         ValueError: no blocks are found; `start` is out of range; an even `kernel_size`; a `rank` not below the width of
             what is tapped; the model is side-tuned already, or inside of DistributedDataParallel; a block has hooks;
-            DTL+ of a ViT whose grid of patches changes; a `head` that is frozen.
+            DTL+ of a ViT whose grid of patches changes; a `head` that is frozen, or of integers.
 
     Examples:
         >>> net = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)), nn.Linear(8, 3))

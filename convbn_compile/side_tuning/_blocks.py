@@ -1,8 +1,8 @@
-"""The blocks of a network in order: their stages, how wide they are, and which are tapped."""
+"""The blocks of a network in order, and their stages."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -10,8 +10,18 @@ from typing import Any
 from torch import nn
 
 from convbn_compile._runs import Named, Run, check_untouched
-from convbn_compile.reversible._blocks import is_known, split
-from convbn_compile.side_tuning._tap import Width
+from convbn_compile.reversible._blocks import SPLITS, split
+from convbn_compile.reversible._blocks import is_known as has_units
+
+KEEPING_SHAPE = {
+    ("timm.models.beit", "Block"),
+    ("timm.models.eva", "EvaBlock"),
+    ("timm.models.swin_transformer_v2", "SwinTransformerV2Block"),
+    ("timm.models.vision_transformer", "ParallelScalingBlock"),
+    ("timm.models.vision_transformer", "ResPostBlock"),
+    ("torchvision.models.swin_transformer", "SwinTransformerBlockV2"),
+}
+"""Classes of blocks that keep the shape of what they get, which has its channels last, beside those of Dr²Net."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +53,9 @@ def blocks_of(model: nn.Module, given: Iterable[Any] | None) -> list[Block]:
     runs = list(_known(model)) if given is None else Named(model, "attach", "blocks").runs(given)
     if not runs:
         raise ValueError(
-            f"attach found no residual blocks in {type(model).__name__}. Known are those of ResNets, RegNets, "
-            "ConvNeXt, ViT and Swin of torchvision and timm; for others name the modules whose children they are: "
-            'blocks=["blocks"].'
+            f"attach found no blocks of a known class in {type(model).__module__}.{type(model).__qualname__}. Known "
+            f"are {', '.join(sorted(map('.'.join, {*SPLITS, *KEEPING_SHAPE})))}; for others name the modules whose "
+            'children they are: blocks=["blocks"].'
         )
     found: list[Block] = []
     seen: dict[nn.Module, str] = {}
@@ -59,10 +69,20 @@ def blocks_of(model: nn.Module, given: Iterable[Any] | None) -> list[Block]:
             )
             if seen.setdefault(module, path) != path:
                 raise ValueError(f"attach: {path} is the same module as {seen[module]}. Leave it out by blocks.")
-            keeps_shape = not is_known(module) or split(path, module) is not None
+            keeps_shape = not has_units(module) or split(path, module) is not None
             stage += path == run.paths[0] or not keeps_shape
             found.append(Block(len(found), path, module, stage, keeps_shape))
     return found
+
+
+def is_known(module: nn.Module | None) -> bool:
+    """Whether it is a block of a class that need not be named."""
+    return has_units(module) or is_kept(module)
+
+
+def is_kept(module: nn.Module | None) -> bool:
+    """Whether it is of a class that KEEPING_SHAPE has."""
+    return (type(module).__module__, type(module).__qualname__) in KEEPING_SHAPE
 
 
 def _known(model: nn.Module) -> Iterator[Run]:
@@ -70,55 +90,3 @@ def _known(model: nn.Module) -> Iterator[Run]:
         for known, children in groupby(parent._modules.items(), lambda item: is_known(item[1])):
             if known:
                 yield Run(path, parent, tuple(name for name, _ in children))
-
-
-def first_adapted(blocks: Sequence[Block], start: int) -> int:
-    """The number of the block from which on outputs are adapted.
-
-    Args:
-        blocks: all.
-        start: M.
-
-    Raises:
-        ValueError: M is out of range, or no block from M on keeps its shape.
-    """
-    if not 0 <= start < len(blocks):
-        raise ValueError(
-            f'start must be "middle" or from 0 to {len(blocks) - 1}, of {len(blocks)} blocks, got {start}.'
-        )
-    for block in blocks[start:]:
-        if block.keeps_shape:
-            return block.index
-    raise ValueError(
-        f"No block from start = {start} on keeps the shape of its input ({blocks[start].path} and after), so that "
-        "nothing would be adapted. Use a smaller start."
-    )
-
-
-def widths(blocks: Sequence[Block], start: int) -> list[Width]:
-    """Of the blocks that are tapped: those whose h reaches an adapted block of their stage.
-
-    Raises:
-        ValueError: as first_adapted; or a block begins with no layer that tells how wide it is.
-    """
-    adapted = first_adapted(blocks, start)
-    stages = {block.stage for block in blocks[adapted:] if block.keeps_shape}
-    return [_width(block) for block in blocks if block.keeps_shape and block.stage in stages]
-
-
-def _width(block: Block) -> Width:
-    first = next((parameter for parameter in block.module.parameters() if parameter.is_floating_point()), None)
-    like = (None, None) if first is None else (first.dtype, first.device)
-    for module in block.module.modules():
-        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
-            channels = module.in_channels if isinstance(module, nn.Conv2d) else module.num_features
-            return Width(block.index, block.stage, channels, 1, *like)
-        if isinstance(module, nn.Linear):
-            return Width(block.index, block.stage, module.in_features, -1, *like)
-        if isinstance(module, nn.LayerNorm):
-            of_images = "2d" in type(module).__name__  # timm's and torchvision's LayerNorm2d, channels in dimension 1
-            return Width(block.index, block.stage, module.normalized_shape[-1], 1 if of_images else -1, *like)
-    raise ValueError(
-        f"attach: {block.path} ({type(block.module).__name__}) has to begin with a Conv2d, BatchNorm2d, Linear or "
-        "LayerNorm, which tells how many channels it gets and where they are."
-    )

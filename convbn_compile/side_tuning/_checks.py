@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from convbn_compile import _torch
-from convbn_compile._runs import has_hooks
+from convbn_compile._runs import hooks_of
 from convbn_compile.side_tuning._blocks import Block
 from convbn_compile.side_tuning._side_network import Part
 from convbn_compile.side_tuning._tap import Factors, Tap
@@ -36,10 +36,11 @@ def check_hooks(block: Block) -> None:
     Raises:
         RuntimeError: it has hooks.
     """
-    if has_hooks(block.module):
+    hooks = hooks_of(block.module)
+    if hooks:
         raise RuntimeError(
-            f"{block.path} is side-tuned and has hooks, which would get what blocks hand on, no tensor. Remove them, "
-            "or register them on what is inside of the block, or on its stage."
+            f"{block.path} is side-tuned and has hooks ({', '.join(hooks)}), which would get what blocks hand "
+            "on, no tensor. Remove them, or register them on what is inside of the block, or on its stage."
         )
 
 

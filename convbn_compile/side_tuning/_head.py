@@ -13,10 +13,11 @@ from convbn_compile.side_tuning._blocks import Block
 
 
 def head_of(model: Any, blocks: Sequence[Block], given: str | Iterable[str] | None) -> list[str]:
-    """The paths of the head's modules: those that were given, or of the classifier; warns if there is none.
+    """The paths of the head's modules: those that were given, or of the classifier.
 
-    That is what timm's get_classifier returns, and in other models the last linear layer that is outside of the blocks,
-    one behind them before one that is not.
+    Warns if there is none, or if another linear layer stands beside it. The classifier is what timm's get_classifier
+    returns, and in other models the last linear layer that is outside of the blocks, one behind them before one that is
+    not.
 
     Raises:
         TypeError: `given` is no path.
@@ -31,7 +32,24 @@ def head_of(model: Any, blocks: Sequence[Block], given: str | Iterable[str] | No
             "by head=, or pass head=[] for none.",
             stacklevel=3,
         )
+    beside = _beside(model, blocks, found)
+    if beside:
+        warnings.warn(
+            f"attach takes {', '.join(found)} for the head, and freezes {', '.join(beside)} beside it. Name all that "
+            "is to be trained by head=.",
+            stacklevel=3,
+        )
     return found
+
+
+def _beside(model: nn.Module, blocks: Sequence[Block], head: Sequence[str]) -> list[str]:
+    """The other linear layers of the parent of the head that are behind the blocks."""
+    parents = {path.rpartition(".")[0] for path in head}
+    return [
+        path
+        for path in _linear(model, blocks)
+        if path in _behind(model, blocks) and path not in head and path.rpartition(".")[0] in parents
+    ]
 
 
 def _classifier(model: Any) -> list[str]:
@@ -42,12 +60,20 @@ def _classifier(model: Any) -> list[str]:
 
 
 def _last_linear(model: nn.Module, blocks: Sequence[Block]) -> list[str]:
-    inside = tuple(f"{block.path}." for block in blocks)
-    names = [path for path, _ in model.named_modules()]
-    behind = names[names.index(blocks[-1].path) :]
-    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    outside = [path for path in linear if not f"{path}.".startswith(inside)]
+    outside, behind = _linear(model, blocks), _behind(model, blocks)
     return [path for path in outside if path in behind][-1:] or outside[-1:]
+
+
+def _linear(model: nn.Module, blocks: Sequence[Block]) -> list[str]:
+    """Outside of the blocks."""
+    inside = tuple(f"{block.path}." for block in blocks)
+    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [path for path in linear if not f"{path}.".startswith(inside)]
+
+
+def _behind(model: nn.Module, blocks: Sequence[Block]) -> list[str]:
+    names = [path for path, _ in model.named_modules()]
+    return names[names.index(blocks[-1].path) :]
 
 
 def _named(model: nn.Module, given: Any) -> list[str]:
@@ -66,8 +92,8 @@ def _named(model: nn.Module, given: Any) -> list[str]:
     return paths
 
 
-def check_apart(model: nn.Module, head: Sequence[str], frozen: Sequence[Block]) -> None:
-    """See to it that nothing of the head is of the frozen backbone.
+def check_head(model: nn.Module, head: Sequence[str], frozen: Sequence[Block]) -> None:
+    """See to it that the head can be trained, and nothing of it is of the frozen backbone.
 
     Args:
         model: the model.
@@ -75,9 +101,13 @@ def check_apart(model: nn.Module, head: Sequence[str], frozen: Sequence[Block]) 
         frozen: the blocks that run without a graph.
 
     Raises:
-        ValueError: a module of the head is inside of one of those, or has one inside; it shares a parameter.
+        ValueError: a parameter of the head is of integers; a module of it is inside of one of those, or has one inside;
+            it shares a parameter.
     """
     prefixes = tuple(f"{path}." for path in head)
+    for name, parameter in model.named_parameters():
+        if name.startswith(prefixes) and not (parameter.is_floating_point() or parameter.is_complex()):
+            raise ValueError(f"head: {name} is {parameter.dtype}, and cannot be trained. Leave it out of head.")
     for block in frozen:
         for path in head:
             if f"{block.path}.".startswith(f"{path}.") or path.startswith(f"{block.path}."):

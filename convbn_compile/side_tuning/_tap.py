@@ -19,7 +19,7 @@ class Width:
         stage: its number.
         channels: how many.
         dim: where they are, -1 or 1.
-        dtype: of the block.
+        dtype: of the block's first linear layer or convolution.
         device: where it is.
     """
 
@@ -62,6 +62,9 @@ class Tap(nn.Module):
 
     def forward(self, z: Tensor, before: Factors | None) -> Factors:
         """The factors of h behind a block, of what it gets and of those before it; None where a stage begins."""
+        dtype = self.a.weight.dtype
+        if z.dtype != dtype and (z.is_meta or not torch.is_autocast_enabled(z.device.type)):
+            z = z.to(dtype)  # where norms are in float32 and the rest of the backbone is not
         u, c = self.a(z), self.c.weight
         if before is None:
             return Factors(u, c)

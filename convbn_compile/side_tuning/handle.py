@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -10,15 +10,15 @@ from torch import nn
 
 from convbn_compile._wrapped import unwrapped
 from convbn_compile.side_tuning._backbone import SIDE, Frozen
-from convbn_compile.side_tuning._blocks import Block, first_adapted, widths
+from convbn_compile.side_tuning._blocks import Block
 from convbn_compile.side_tuning._fingerprint import fingerprint
 from convbn_compile.side_tuning._global_conv import grid_of
-from convbn_compile.side_tuning._head import check_apart
+from convbn_compile.side_tuning._head import check_head
 from convbn_compile.side_tuning._installed import Installed
 from convbn_compile.side_tuning._side_network import Settings, SideNetwork
-from convbn_compile.side_tuning._state import load
+from convbn_compile.side_tuning._state import check_tensors, load
 from convbn_compile.side_tuning._table import table
-from convbn_compile.side_tuning._tap import Width
+from convbn_compile.side_tuning._widths import check_rank, first_adapted, widths
 
 HANDLE = "_convbn_side_tuned"
 """Where a model has its handle, in its __dict__."""
@@ -39,14 +39,15 @@ class SideTuned:
     def __init__(self, model: nn.Module, blocks: list[Block], settings: Settings, head: list[str]) -> None:
         tapped = widths(blocks, settings.start)
         adapted = first_adapted(blocks, settings.start)
-        _check_rank(settings.rank, blocks, tapped)
-        check_apart(model, head, blocks[: adapted + 1])
+        check_rank(settings.rank, blocks, tapped)
+        check_head(model, head, blocks[: adapted + 1])
         self.model, self.settings, self.head = model, settings, tuple(head)
         self.blocks, self.all_blocks = tuple(block.path for block in blocks), blocks
         self.side_network = SideNetwork(settings, tapped, grid_of(model) if settings.plus else None)
+        self.side_network.train(model.training)
         self._frozen = Frozen(model, head)
         model.add_module(SIDE, self.side_network)
-        self._installed = Installed(blocks, adapted, [self.side_network])
+        self._installed = Installed(model, blocks, adapted, [self.side_network])
         model.__dict__[HANDLE] = self
 
     @property
@@ -86,16 +87,21 @@ class SideTuned:
             "blocks", and "backbone", a fingerprint of its values. torch.load reads it with weights_only=True.
 
         Raises:
-            ValueError: it was detached; the backbone has no values yet.
+            ValueError: it was detached; the backbone has no values yet, or its buffers changed; the head has state that
+                is no tensor.
         """
         tensors = {
             f"{path}.{name}": tensor for path, module in self._trained() for name, tensor in module.state_dict().items()
         }
+        check_tensors(tensors)
+        self._frozen.check()
         settings, blocks = asdict(self.settings), list(self.blocks)
         return {"tensors": tensors, "settings": settings, "blocks": blocks, "backbone": self.fingerprint()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what state_dict returned, into a network with the same backbone and settings.
+        """Load what state_dict returned, into a network with the same backbone and settings: all of it or nothing.
+
+        Compared are the values of the backbone, not what its modules do with them.
 
         Args:
             state: of state_dict.
@@ -124,22 +130,13 @@ class SideTuned:
     def take_off(self) -> None:
         """Take the side network off a model that stays frozen."""
         self._installed.remove()
-        del self.model._modules[SIDE]
-        del self.model.__dict__[HANDLE]
+        self.model._modules.pop(SIDE, None)
+        self.model.__dict__.pop(HANDLE, None)
 
     def __str__(self) -> str:
         name = "DTL+" if self.settings.plus else "DTL"
         title = f"{name} of rank {self.settings.rank} from block {self.start} of {len(self.blocks)}"
         return f"{title}\n{table(self.all_blocks, self.side_network)}"
-
-
-def _check_rank(rank: int, blocks: Sequence[Block], tapped: Sequence[Width]) -> None:
-    for width in tapped:
-        if rank >= width.channels:
-            raise ValueError(
-                f"rank must be below the width of what is tapped, and {blocks[width.block].path} has "
-                f"{width.channels} channels, got {rank}."
-            )
 
 
 def handle_of(model: nn.Module) -> SideTuned:

@@ -8,8 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from convbn_compile.side_tuning._alike import difference
 from convbn_compile.side_tuning._backbone import SIDE
+from convbn_compile.side_tuning._global_conv import GlobalConv, grid_of
 from convbn_compile.side_tuning._installed import Installed
+from convbn_compile.side_tuning._side_network import SideNetwork
 from convbn_compile.side_tuning.handle import SideTuned
 
 
@@ -45,8 +48,8 @@ def share_backbone(handles: Sequence[SideTuned]) -> nn.Module:
 
     Raises:
         TypeError: it is no list of handles.
-        ValueError: there are less than two; backbones or blocks differ; a model has no head or several, or one that
-            is elsewhere.
+        ValueError: there are less than two; backbones or blocks differ, in weights or in what modules do; a model has
+            no head or several, or one that is elsewhere.
 
     Examples:
         >>> import torch
@@ -62,9 +65,10 @@ def share_backbone(handles: Sequence[SideTuned]) -> nn.Module:
     twins = [_twin(handle) for handle in handles]
     model, (head,) = twins[0].model, twins[0].head
     sides = [twin.side_network for twin in twins]
+    _share_grid(model, sides)
     model.set_submodule(head, Heads([twin.model.get_submodule(head) for twin in twins]))
     model.add_module(SIDE, SideNetworks(sides))
-    Installed(twins[0].all_blocks, min(handle.adapted for handle in handles), sides)
+    Installed(model, twins[0].all_blocks, min(handle.adapted for handle in handles), sides)
     return model
 
 
@@ -74,6 +78,14 @@ def _twin(handle: SideTuned) -> SideTuned:
     twin = copy.deepcopy(handle, {id(tensor): tensor for tensor in tensors})
     twin.take_off()
     return twin
+
+
+def _share_grid(model: nn.Module, sides: Sequence[SideNetwork]) -> None:
+    """Convolutions ask the shared model for its grid of patches, as it is when it runs."""
+    convs = [conv for side in sides for conv in side.convs.values() if isinstance(conv, GlobalConv)]
+    grid = grid_of(model) if convs else None
+    for conv in convs:
+        conv.grid = grid
 
 
 def _check(handles: Any) -> None:
@@ -93,6 +105,11 @@ def _check(handles: Any) -> None:
             )
         if handle.blocks != first.blocks:
             raise ValueError(f"share_backbone: the models of handles[0] and handles[{number}] have other blocks.")
+        differs = difference(first.model, handle.model, (SIDE, *first.head))
+        if differs:
+            raise ValueError(
+                f"share_backbone: the models of handles[0] and handles[{number}] compute different things: {differs}."
+            )
         found = handle.fingerprint()
         common = common or found
         if found != common:

@@ -9,7 +9,7 @@ from fractions import Fraction
 import pytest
 import timm
 import torch
-from reversible.nets import Residual, image, make
+from reversible.nets import Residual, image, make, mlp
 from support import relative_errors, run
 from torch import nn
 
@@ -102,6 +102,82 @@ def test_batch_norms_stay_in_eval_mode():
     assert all(norm.training for norm in norms)
 
 
+def test_batch_norms_of_the_head_stay_in_eval_mode():
+    """Of a pretrained network; they are trained, and at first change nothing."""
+    net, x = make(RESNET).train(), image()
+    handle = attach(net, head=["fc", "layer4.0.bn3"])
+    with torch.no_grad():
+        found = net.train()(x)
+    assert not net.layer4[0].bn3.training
+    assert any(parameter is net.layer4[0].bn3.weight for parameter in handle.parameters())
+    net(x).sum().backward()
+    assert net.layer4[0].bn3.weight.grad.abs().sum() > 0
+    handle.detach()
+    with torch.no_grad():
+        assert torch.equal(net.eval()(x), found)
+
+
+def test_other_norms_with_state():
+    """Running statistics of instance norms, and what a spectral norm iterates."""
+    norms = torch.nn.utils
+    layers = [
+        nn.InstanceNorm2d(6, track_running_stats=True),
+        norms.spectral_norm(nn.Conv2d(6, 6, 1)),
+        norms.parametrizations.spectral_norm(nn.Conv2d(6, 6, 1)),
+    ]
+    net = nn.Sequential(*(Residual(nn.Sequential(nn.Conv2d(6, 6, 1), one)) for one in layers), nn.Conv2d(6, 3, 1))
+    handle = attach(net.train(), blocks=[["0", "1", "2"]], head="3")
+    before = handle.fingerprint()
+    net.train()(torch.randn(2, 6, 4, 4)).sum().backward()
+    assert handle.fingerprint() == before
+    handle.detach()
+    assert all(one.training for one in layers)
+
+
+class Counting(nn.Module):
+    """Changes a buffer in train mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(6, 6)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.seen += 1
+        return x + self.f(x)
+
+
+def test_a_backbone_that_changes():
+    net = nn.Sequential(Counting(), Counting(), nn.Linear(6, 2))
+    handle = attach(net, blocks=[["0", "1"]])
+    weights = copy.deepcopy(net.state_dict())
+    net.eval()(torch.randn(2, 6))
+    handle.state_dict()
+    net.train()(torch.randn(2, 6))
+    with pytest.raises(ValueError, match=r"not what it was at attach: 0\.seen, 1\.seen changed, as in train mode"):
+        handle.state_dict()
+    handle_of(copy.deepcopy(net)).state_dict()  # which has no past
+    net.load_state_dict(weights)
+    assert handle.state_dict()["backbone"] == handle.fingerprint()
+
+
+def test_modes():
+    """The side network has the model's."""
+    assert not attach(make(RESNET).eval()).side_network.training
+    assert attach(make(RESNET).train()).side_network.training
+
+
+def test_detach_of_what_others_changed():
+    net, handle = trained("timm ViT")
+    mine = net.blocks[1].forward = lambda x: x
+    del net.blocks[2].forward
+    del net.side_network
+    handle.detach()
+    assert net.blocks[1].__dict__["forward"] is mine
+    assert not handle.attached and all(parameter.requires_grad for parameter in net.parameters())
+
+
 def test_what_is_frozen_before_stays_frozen_after():
     net = freeze_batch_norm(make(RESNET))
     net.conv1.requires_grad_(requires_grad=False)
@@ -163,11 +239,42 @@ def test_a_state_dict_of_something_else():
         )
     with pytest.raises(ValueError, match=re.escape("fc.bias: a tensor of shape (5,) is needed, got None")):
         handle.load_state_dict({**state, "tensors": {k: v for k, v in state["tensors"].items() if k != "fc.bias"}})
+    with pytest.raises(ValueError, match=re.escape("fc.gamma: there is no such tensor here")):
+        handle.load_state_dict({**state, "tensors": {**state["tensors"], "fc.gamma": torch.ones(5)}})
     with pytest.raises(ValueError, match=re.escape("got ['fc.weight']")):
         handle.load_state_dict({"fc.weight": 1})
     for junk in (None, [1], {"fc.weight": 1}):
         with pytest.raises(ValueError, match="tensors by their names, got "):
             handle.load_state_dict({**state, "tensors": junk})
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (lambda bias: bias.to("meta"), "fc.bias: the tensor is on the meta device, without values"),
+        (lambda bias: bias.int(), "fc.bias: a tensor of torch.float64 is needed, got torch.int32"),
+        (lambda bias: bias.cfloat(), "fc.bias: a tensor of torch.float64 is needed, got torch.complex64"),
+    ],
+)
+def test_a_state_is_loaded_as_a_whole(bad, message):
+    net, handle = trained()
+    x = image()
+    wanted, state = net(x), copy.deepcopy(handle.state_dict())
+    tensors = {name: tensor + 1 for name, tensor in state["tensors"].items()}
+    assert list(tensors)[-1] == "fc.bias"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        handle.load_state_dict({**state, "tensors": {**tensors, "fc.bias": bad(tensors["fc.bias"])}})
+    assert torch.equal(net(x), wanted)
+
+
+def test_a_head_with_other_state():
+    class Head(nn.Linear):
+        def get_extra_state(self):
+            return torch.ones(1)
+
+    net = nn.Sequential(Residual(mlp()), Head(6, 2))
+    with pytest.raises(ValueError, match=r"1\._extra_state is no parameter or buffer of the head, and is not kept"):
+        attach(net, blocks=[["0"]]).state_dict()
 
 
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -259,19 +366,6 @@ def test_integers_of_numpy_are_integers():
     settings = vars(handle.settings).values()
     assert [type(value) for value in settings] == [int, int, bool, int, float]
     assert list(settings) == [2, 2, False, 3, 5.0]
-
-
-@pytest.mark.parametrize("name", ["timm ViT", "torchvision ConvNeXt", RESNET])
-@pytest.mark.parametrize("plus", [False, True])
-def test_low_precision(name, plus):
-    net = make(name).bfloat16()
-    with torch.no_grad():
-        wanted = net(image().bfloat16())
-    handle = attach(net, start=1, plus=plus, kernel_size=3)
-    found = net(image(batch=2).bfloat16())
-    assert found.dtype == torch.bfloat16 == wanted.dtype
-    found.sum().backward()
-    assert all(parameter.grad is not None for parameter in handle.parameters())
 
 
 def test_each_tap_is_as_its_block():

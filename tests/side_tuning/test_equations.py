@@ -5,12 +5,14 @@ import copy
 import pytest
 import torch
 from reversible.nets import NETS, Residual, image, make, mlp
-from support import run
+from support import randomise, run
+from timm.models import beit, eva, swin_transformer_v2, vision_transformer
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models import swin_transformer
 
 from convbn_compile.measure import saved_for_backward
-from convbn_compile.side_tuning import attach
+from convbn_compile.side_tuning import _blocks, attach
 from convbn_compile.side_tuning._tap import Factors
 
 
@@ -91,6 +93,57 @@ def test_at_first_it_is_the_frozen_network(name, plus):
         assert not conv.weight.grad.any()
     trained = {name for name, _ in net.named_parameters() if found[name] is not None}
     assert trained == {name for name, one in net.named_parameters() if any(one is each for each in handle.parameters())}
+
+
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 4, "num_classes": 5}
+KEEPING_SHAPE = {
+    "beit.Block": (lambda: beit.Beit(**VIT), [16, 16]),
+    "eva.EvaBlock": (lambda: eva.Eva(**VIT, use_rot_pos_emb=True), [16, 16]),
+    "swin_transformer_v2.SwinTransformerV2Block": (
+        lambda: swin_transformer_v2.SwinTransformerV2(
+            32, 4, embed_dim=8, depths=(1, 2), num_heads=(2, 4), window_size=4, num_classes=5
+        ),
+        [16, 16],
+    ),
+    "vision_transformer.ParallelScalingBlock": (
+        lambda: vision_transformer.VisionTransformer(**VIT, block_fn=vision_transformer.ParallelScalingBlock),
+        [16, 16],
+    ),
+    "vision_transformer.ResPostBlock": (
+        lambda: vision_transformer.VisionTransformer(**VIT, block_fn=vision_transformer.ResPostBlock),
+        [16, 16],
+    ),
+    "swin_transformer.SwinTransformerBlockV2": (
+        lambda: swin_transformer.SwinTransformer(
+            [4, 4],
+            8,
+            [1, 2],
+            [2, 4],
+            [4, 4],
+            num_classes=5,
+            block=swin_transformer.SwinTransformerBlockV2,
+            downsample_layer=swin_transformer.PatchMergingV2,
+        ),
+        [16, 16],
+    ),
+}
+
+
+def test_all_other_known_classes_are_tested():
+    assert {f"{module.rpartition('.')[2]}.{name}" for module, name in _blocks.KEEPING_SHAPE} == set(KEEPING_SHAPE)
+
+
+@pytest.mark.parametrize("plus", [False, True])
+@pytest.mark.parametrize("name", KEEPING_SHAPE)
+def test_other_known_classes(name, plus):
+    make_one, widths = KEEPING_SHAPE[name]
+    net, x = randomise(make_one()).double().eval(), image()
+    wanted = net(x)
+    handle = attach(net, start=1, plus=plus, kernel_size=3)
+    assert torch.equal(net(x), wanted)
+    assert [tap.width for tap in handle.side_network.taps.values()] == widths
+    net(x).sum().backward()
+    assert all(tap.c.weight.grad.abs().sum() > 0 for tap in handle.side_network.taps.values())
 
 
 @pytest.mark.parametrize("name", ["timm ViT", "timm Swin", "timm ConvNeXt", "timm RegNet", "torchvision bottlenecks"])

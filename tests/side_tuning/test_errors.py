@@ -1,12 +1,13 @@
 """What attach refuses, and says."""
 
 import re
+from functools import partial
 
 import pytest
 import timm
 import torch
 import torchvision
-from reversible.nets import Residual, make, mlp
+from reversible.nets import Residual, image, make, mlp
 from side_tuning.test_attach import RESNET, trained
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -51,7 +52,10 @@ def test_errors(arguments, error, message):
 def test_more_errors():
     with pytest.raises(TypeError, match="attach needs a torch.nn.Module, got 3"):
         attach(3)
-    with pytest.raises(ValueError, match="attach found no residual blocks in Linear"):
+    known = (
+        r"no blocks of a known class in torch\.nn.*\.Linear\. Known are timm\.models\.beit\.Block, .*resnet\.Bottleneck"
+    )
+    with pytest.raises(ValueError, match=known):
         attach(nn.Linear(3, 3))
     with pytest.raises(ValueError, match=r"0 \(Tanh\) has to begin with a Conv2d, BatchNorm2d, Linear or LayerNorm"):
         attach(nn.Sequential(nn.Tanh(), nn.Linear(3, 3)), blocks=[["0"]])
@@ -61,11 +65,34 @@ def test_more_errors():
     with pytest.raises(ValueError, match="Attach first, wrap afterwards"):
         attach(wrapped(make(RESNET)))
     handle.detach()
-    net.layer3[1].register_forward_hook(lambda *call: None)
-    with pytest.raises(ValueError, match=r"layer3\.1 has hooks, which would get what blocks hand on"):
-        attach(net)
     with pytest.raises(ValueError, match="the model is not side-tuned"):
         handle_of(net)
+
+
+def a_hook(*_):
+    """As others leave them on blocks."""
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ],
+)
+def test_hooks(kind):
+    """Before and after; their names are told."""
+    net = make(RESNET)
+    hook = getattr(net.layer3[2], kind)(partial(a_hook))
+    with pytest.raises(ValueError, match=r"layer3\.2 has hooks, which would .* Hooks: .*test_errors\.a_hook\."):
+        attach(net)
+    hook.remove()
+    attach(net)
+    getattr(net.layer3[2], kind)(a_hook)
+    with pytest.raises(RuntimeError, match=r"layer3\.2 is side-tuned and has hooks \(.*test_errors\.a_hook\), which"):
+        net(image())
 
 
 def wrapped(net):
@@ -99,6 +126,16 @@ def test_tied_heads():
         attach(net, blocks=[["1", "2"]])
 
 
+def test_a_head_of_integers():
+    """Nothing is left half changed."""
+    net = nn.Sequential(Residual(mlp()), nn.Linear(6, 2))
+    net[1].register_parameter("codes", nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False))
+    with pytest.raises(ValueError, match=re.escape("head: 1.codes is torch.int8, and cannot be trained")):
+        attach(net, blocks=[["0"]])
+    assert all(parameter.requires_grad for name, parameter in net.named_parameters() if name != "1.codes")
+    assert not hasattr(net, "side_network")
+
+
 class HeadFirst(nn.Module):
     """Registered before the blocks."""
 
@@ -123,8 +160,21 @@ def test_heads():
         assert attach(net).head == ()
 
 
-@pytest.mark.parametrize("arguments", [{"dynamic_img_size": True}, {"patch_drop_rate": 0.1}])
+def test_a_layer_beside_the_head():
+    net = nn.Sequential(Residual(mlp()), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    with pytest.warns(UserWarning, match=re.escape("attach takes 3 for the head, and freezes 1 beside it. Name all")):
+        handle = attach(net, blocks=[["0"]])
+    handle.detach()
+    attach(net, blocks=[["0"]], head=["1", "3"])  # without a warning
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"dynamic_img_size": True}, {"patch_drop_rate": 0.1}, {"dynamic_img_pad": True}, {"strict_img_size": False}],
+)
 def test_grids_that_change(arguments):
+    if "strict_img_size" in arguments:
+        arguments = {"embed_layer": partial(timm.layers.PatchEmbed, **arguments)}
     net = timm.models.vision_transformer.VisionTransformer(32, 8, embed_dim=16, depth=2, num_heads=4, **arguments)
     with pytest.raises(ValueError, match="has to be the same for all images, but"):
         attach(net, plus=True)

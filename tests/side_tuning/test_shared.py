@@ -3,12 +3,14 @@
 import copy
 
 import pytest
+import timm
 import torch
 from reversible.nets import NETS, image, make
 from support import relative_errors
 from torch import nn
 
 from convbn_compile.side_tuning import attach, handle_of, share_backbone
+from convbn_compile.side_tuning import handle as handle_module
 
 
 def tasks(name, starts, **arguments):
@@ -100,3 +102,87 @@ def test_errors():
     handles[1].detach()
     with pytest.raises(ValueError, match=r"handles\[1\] was detached"):
         share_backbone(handles)
+
+
+def test_models_that_compute_different_things():
+    """Of the same weights."""
+    handles = tasks("timm ViT", (1, 1))
+    handles[1].model.global_pool = "avg"
+    with pytest.raises(ValueError, match="handles\\[0\\] and .* global_pool of the model is 'token' and 'avg'"):
+        share_backbone(handles)
+    handles = tasks("timm ViT", (1, 1))
+    handles[1].model.blocks[0].attn.scale *= 2
+    with pytest.raises(ValueError, match=r"scale of blocks\.0\.attn is 0\.5 and 1\.0"):
+        share_backbone(handles)
+    handles = tasks("timm ResNet", (1, 1))
+    handles[1].model.global_pool.pool = nn.AdaptiveMaxPool2d(1)
+    with pytest.raises(ValueError, match=r"the class of global_pool\.pool is '.*AvgPool2d' and '.*MaxPool2d'"):
+        share_backbone(handles)
+    handles = tasks("torchvision bottlenecks", (1, 1))
+    handles[1].model.relu = nn.Sequential(nn.ReLU())
+    with pytest.raises(ValueError, match=r"the class of relu is "):
+        share_backbone(handles)
+    handles = tasks("torchvision Swin", (1, 1))
+    handles[1].model.features[1][1].attn.shift_size = [0, 0]
+    with pytest.raises(ValueError, match=r"shift_size of features\.1\.1\.attn is \[2, 2\] and \[0, 0\]"):
+        share_backbone(handles)
+
+
+def test_heads_may_differ():
+    """And so may marks of torch.compile and transformers, and checkpoints."""
+    handles = tasks("timm ViT", (1, 1))
+    torch.compile(handles[1].model, backend="eager")
+    handles[1].model.blocks[0].compile(backend="eager")
+    handles[1].model.norm._is_hf_initialized = True
+    handles[1].model.set_grad_checkpointing()
+    handles[1].model.num_classes = 3
+    handles[1].model.head = nn.Sequential(nn.Linear(16, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    assert [output.shape[1] for output in share_backbone(handles)(image())] == [2, 3]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_grid_is_that_of_the_shared_model(first):
+    """Of all tasks, also where the first one has none."""
+    handles = tasks("timm ViT", (1, 1), plus=True, kernel_size=3)
+    if not first:
+        handles[0] = tasks("timm ViT", (1,))[0]
+    shared = share_backbone(handles)
+    x = torch.randn(2, 3, 16, 64, dtype=torch.float64)
+    for model in (shared, *(handle.model for handle in handles)):
+        model.set_input_size((16, 64))
+    with torch.no_grad():
+        for found, handle in zip(shared(x), handles, strict=True):
+            torch.testing.assert_close(found, handle.model(x), rtol=1e-10, atol=1e-10)
+
+
+def test_a_grid_is_asked_for_by_convolutions_only():
+    """DTL takes images of any size."""
+    net = timm.models.vision_transformer.VisionTransformer(
+        32, 8, embed_dim=16, depth=2, num_heads=4, num_classes=5, dynamic_img_size=True
+    )
+    shared = share_backbone([attach(model) for model in (net, copy.deepcopy(net))])
+    assert [output.shape[1] for output in shared(torch.randn(2, 3, 16, 48))] == [5, 5]
+
+
+def test_grids_that_differ():
+    handles = tasks("timm ViT", (1, 1), plus=True, kernel_size=3)
+    handles[1].model.patch_embed.grid_size = (2, 8)
+    with pytest.raises(ValueError, match=r"grid_size of patch_embed is \(4, 4\) and \(2, 8\)"):
+        share_backbone(handles)
+
+
+def test_each_model_is_hashed_once(monkeypatch):
+    handles, hashed = tasks("timm ViT", (1, 1, 1)), []
+    real = handle_module.fingerprint
+    monkeypatch.setattr(handle_module, "fingerprint", lambda model, _: hashed.append(model) or real(model, _))
+    share_backbone(handles)
+    assert hashed == [handle.model for handle in handles]
+
+
+def test_to_moves_the_parameters_of_the_models():
+    handles = tasks("timm ViT", (1, 1))
+    share_backbone(handles).float()
+    for handle in handles:
+        assert {parameter.dtype for parameter in handle.model.head.parameters()} == {torch.float32}
+        assert {parameter.dtype for parameter in handle.side_network.parameters()} == {torch.float32}
+    assert handles[0].model.blocks[0].norm1.weight.dtype == torch.float32
