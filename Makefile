@@ -14,7 +14,7 @@ test: .venv-test/installed
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/mypy & types=$$!; \
-	OMP_WAIT_POLICY=passive .venv-test/bin/pytest -n auto --dist worksteal && wait $$types
+	OMP_NUM_THREADS=1 .venv-test/bin/pytest -n auto --dist worksteal && wait $$types
 
 fuzz: .venv-test/installed
 	.venv-test/bin/python tests/fuzz.py --cases $(or $(CASES),10000) --seed $(or $(SEED),0)

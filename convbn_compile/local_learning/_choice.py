@@ -25,8 +25,6 @@ class Costs:
         seconds: r + f.
         size: z.
         speed: w and v.
-        free: bytes of the storage.
-        augments: reading an image again gives another one.
         fits: the blocks before fit into memory beside this one.
     """
 
@@ -35,8 +33,6 @@ class Costs:
     seconds: float
     size: int
     speed: Speed
-    free: int
-    augments: bool
     fits: bool
 
     @property
@@ -58,10 +54,6 @@ class Costs:
 
 def choose(costs: Costs) -> tuple[str, str]:
     """Returns "cache" or "recomputed", and why."""
-    if costs.augments:
-        return "recomputed", "images are augmented, and a cache would hold one draw"
-    if costs.free <= costs.bytes:
-        return "recomputed", f"a cache takes {costs.bytes / MIB:.1f} MiB, of which {costs.free / MIB:.1f} are free"
     if not costs.fits:
         return "cache", "the blocks before do not fit into the budget beside this one"
     times = f"{costs.of_cache:.2f} s with a cache of {costs.bytes / MIB:.1f} MiB, {costs.of_recomputing:.2f} s without"

@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from convbn_compile._extras import require
 from convbn_compile.estimate import MIB
+from convbn_compile.local_learning._cache import Cache, CacheWriter, cache_bytes
 from convbn_compile.local_learning._choice import Costs, choose
-from convbn_compile.local_learning._local import Optimizer, resident_bytes
+from convbn_compile.local_learning._local import Optimizer, seeded
 from convbn_compile.local_learning._network import Network
-from convbn_compile.local_learning._source import Cache, Images, Source, Through
+from convbn_compile.local_learning._source import Images, Source, Through
 from convbn_compile.local_learning._state import Entry, State
 from convbn_compile.local_learning.partitioner import Plan
-from convbn_compile.local_learning.storage import CacheWriter, Storage
+from convbn_compile.local_learning.storage import SPLITS, Storage
 from convbn_compile.local_learning.worker import in_order
 from convbn_compile.measure import allocated_peak
 
 logger = logging.getLogger("convbn_compile.local_learning")
 
-SPLITS = ("train", "val")
 TIMED = 4
 """Batches by which the way to a block's input is timed."""
 
@@ -78,6 +76,7 @@ class Inputs:
     storage: Storage
     state: State
     bar: Bar
+    _intact: set[str] = field(default_factory=set, init=False)
 
     @property
     def base(self) -> int:
@@ -91,9 +90,13 @@ class Inputs:
 
     def place(self, number: int) -> None:
         """Put a block, and those that its input is computed by, on the device, and all others on the CPU."""
-        there = range(self._first_unit(self.base), self.plan.blocks[number].units.stop)
+        self._place(range(self._first_unit(self.base), self.plan.blocks[number].units.stop))
+
+    def _place(self, there: range) -> None:
         for index, unit in enumerate(self.network.units):
             unit.to(self.training.device if index in there else "cpu")
+
+    # --- the choice ----------------------------------------------------------------------------------------------
 
     def choose(self, number: int) -> None:
         """Decide how a block gets its input, write its cache if it has one, and commit."""
@@ -107,29 +110,41 @@ class Inputs:
         self.storage.commit(self.state.to_dict(), self.state.entries)
 
     def _choice(self, number: int) -> tuple[str, str]:
-        forced = {"always": "cache", "never": "recomputed"}.get(self.training.cache)
-        return (forced, f'cache="{self.training.cache}"') if forced else choose(self._costs(number))
-
-    def _costs(self, number: int) -> Costs:
-        block = self.plan.blocks[number]
+        """Returns "cache" or "recomputed", and why."""
+        if self.training.cache == "always":
+            return "cache", 'cache="always"'
         source = self.of("train", number)
-        indices = in_order(min(len(source), TIMED * block.batch_size), block.batch_size)
-        rise = allocated_peak(lambda: [None for _ in source.batches(indices[:1])], self.training.device)
-        began = time.perf_counter()
-        images = sum(len(target) for _, target in source.batches(indices))
-        seconds = (time.perf_counter() - began) / images
-        before = [self.network.units[index] for index in range(self._first_unit(self.base), block.first)]
-        peak = max(block.predicted, block.resident + rise) + sum(map(resident_bytes, before))
-        return Costs(
-            images=sum(map(len, self.data.values())),
-            epochs=self.training.epochs,
-            seconds=seconds,
-            size=cache_bytes(1, self.network.shapes[block.first - 1], self.training.cache_dtype),
-            speed=self.storage.speed(),
-            free=self.storage.free,
-            augments=self.data["train"].augments,
-            fits=peak <= self.plan.memory_budget,
-        )
+        fits = self._fits(number, source)
+        images, size = sum(map(len, self.data.values())), self._row_bytes(number)
+        reason = self._no_cache(images * size)
+        if reason is not None:
+            if not fits:
+                logger.warning("block %d: with the blocks before it needs more than the budget", number)
+            return "recomputed", reason
+        batch = self.plan.blocks[number].batch_size
+        began, indices = time.perf_counter(), in_order(min(len(source), TIMED * batch), batch)
+        timed = sum(len(target) for _, target in source.batches(indices))
+        seconds = (time.perf_counter() - began) / timed
+        return choose(Costs(images, self.training.epochs, seconds, size, self.storage.speed(), fits))
+
+    def _no_cache(self, size: int) -> str | None:
+        """Why there can be no cache of so many bytes; None if there can."""
+        if self.training.cache == "never":
+            return 'cache="never"'
+        if self.data["train"].augments:
+            return "images are augmented, and a cache would hold one draw"
+        free = self.storage.free
+        return f"a cache takes {size / MIB:.1f} MiB, of which {free / MIB:.1f} are free" if free <= size else None
+
+    def _fits(self, number: int, source: Source) -> bool:
+        """Whether a block fits into the budget beside what computes its input, which runs once to find out."""
+        block = self.plan.blocks[number]
+        first = in_order(min(len(source), block.batch_size), block.batch_size)
+        rise = allocated_peak(lambda: [None for _ in source.batches(first)], self.training.device)
+        return max(block.predicted, block.resident + rise) + source.resident <= self.plan.memory_budget
+
+    def _row_bytes(self, number: int) -> int:
+        return cache_bytes(1, self.network.shapes[self._first_unit(number) - 1], self.training.cache_dtype)
 
     def _first_unit(self, number: int) -> int:
         return self.plan.blocks[number].first
@@ -138,24 +153,25 @@ class Inputs:
         """A source of the input of block `first` as one of the input of block `number`."""
         if first == number:
             return source
-        blocks = self.plan.blocks[first:number]
-        units = [self.network.units[index].eval().unit for block in blocks for index in block.units]
-        chunk = min(block.batch_size for block in blocks)
-        return Through(source, tuple(units), chunk, self.training.device, rounded)
+        indices = range(self._first_unit(first), self._first_unit(number))
+        units = tuple(self.network.units[index].unit for index in indices)
+        return Through(source, units, self.plan.least_batch, self.training.device, rounded)
 
     # --- caches --------------------------------------------------------------------------------------------------
 
     def _opened(self, split: str) -> Source:
         """The last cache, made again if it is damaged."""
         assert self.state.cache is not None
-        if not all(map(self.storage.intact, self.state.cache[split].values())):
+        name = self.state.cache[split]["rows"]["file"]
+        if name not in self._intact and not all(map(self.storage.intact, self.state.cache[split].values())):
             logger.warning("the cache of %s is missing or damaged: it is made again", split)
-            with self._units_on_device(range(self._first_unit(self.base))):
-                self.state.cache[split] = self._written(split, self.state.cuts[-1], self._chain(split))
+            self._place(range(self._first_unit(self.base)))
+            self.state.cache[split] = self._written(split, self.state.cuts[-1], self._chain(split))
             self.storage.commit(self.state.to_dict(), self.state.entries)
-        entries = self.state.cache[split]
-        dtype = next(self.network.units[0].parameters()).dtype
-        return Cache(self.storage.path(entries["rows"]["file"]), self.storage.load(entries["labels"]), dtype)
+            self.place(self.state.block)
+        self._intact.add(name)
+        labels = self.storage.load(self.state.cache[split]["labels"])
+        return Cache(self.storage.path(name), labels, next(self.network.units[0].parameters()).dtype)
 
     def _chain(self, split: str) -> Source:
         """What the last cache holds, from the images through every cache that there has been."""
@@ -164,45 +180,23 @@ class Inputs:
             source = self._through(source, first, cut + 1, self.training.cache_dtype)
         return source
 
-    @contextmanager
-    def _units_on_device(self, indices: range) -> Iterator[None]:
-        units = nn.ModuleList(self.network.units[index] for index in indices)
-        units.to(self.training.device)
-        yield
-        units.to("cpu")
-
     def _written(self, split: str, number: int, source: Source) -> dict[str, Entry]:
         """The outputs of a block, in a cache."""
         block, dtype = self.plan.blocks[number], self.training.cache_dtype
         shape = (len(source), *self.network.shapes[block.units[-1]])
-        check_space(self.storage, cache_bytes(len(source), shape[1:], dtype))
+        self.storage.check_space(cache_bytes(len(source), shape[1:], dtype))
         writer = CacheWriter(self.storage, f"cache_{number}_{split}.npy", shape, dtype)
         labels = []
-        with self.bar(len(source), f"cache of block {number}, {split}") as bar:
+        with (
+            self.bar(len(source), f"cache of block {number}, {split}") as bar,
+            seeded(self.training.device, self.training.seed, number, SPLITS.index(split)),
+        ):
             for x, target in source.batches(in_order(len(source), block.batch_size)):
                 writer.append(x)
                 labels.append(target)
                 bar.update(len(target))
         named = self.storage.save(f"labels_{number}_{split}.pt", torch.cat(labels))
         return {"rows": writer.close(), "labels": named}
-
-
-def cache_bytes(images: int, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Of a cache."""
-    return images * torch.Size(shape).numel() * dtype.itemsize
-
-
-def check_space(storage: Storage, needed: int) -> None:
-    """Refuse to write what does not fit.
-
-    Raises:
-        ValueError: there is less space.
-    """
-    if needed > storage.free:
-        raise ValueError(
-            f"storage: {storage.folder} has {storage.free / MIB:.1f} MiB free, and caches take {needed / MIB:.1f} MiB. "
-            'Use a folder with more space, cache_dtype=torch.float16, or cache="never".'
-        )
 
 
 def progress_bar(total: int, what: str, *, show: bool, initial: int = 0) -> Any:

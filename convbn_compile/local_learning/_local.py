@@ -8,7 +8,9 @@ NeuroFlux, arXiv 2402.14139). The last unit's head is the network's own classifi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -68,6 +70,15 @@ class LocalUnit(nn.Module):
         optimizer.zero_grad()
         return output, loss.detach()
 
+    def check(self) -> None:
+        """See to it that there is something to train.
+
+        Raises:
+            ValueError: there is not.
+        """
+        if not self.trained():
+            raise ValueError(f"unit {self.name}: it and its head have no parameter that requires a gradient.")
+
     def trained(self) -> list[nn.Parameter]:
         """What its optimizer gets."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -79,3 +90,21 @@ def resident_bytes(module: nn.Module, optimizer: torch.optim.Optimizer | None = 
     tensors = [*module.parameters(), *module.buffers(), *_torch.tensors_in([dict(each) for each in state])]
     memory = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(memory.values())
+
+
+@contextmanager
+def seeded(device: torch.device, *numbers: int) -> Iterator[None]:
+    """Random numbers of torch that depend on some numbers alone; those of everybody else go on as if nothing was.
+
+    Args:
+        device: whose random numbers are meant, beside the CPU's.
+        numbers: any.
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed_of(*numbers))
+        yield
+
+
+def seed_of(*numbers: int) -> int:
+    """Another one for any other numbers."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from convbn_compile.local_learning._heads import auxiliary_head
-from convbn_compile.local_learning._local import LocalUnit
+from convbn_compile.local_learning._local import LocalUnit, seeded
 from convbn_compile.local_learning._units import Units
 
 RTOL, ATOL = 1e-4, 1e-5
@@ -24,10 +24,12 @@ class Network:
 
     Attributes:
         units: in order; the head of the last is the network's own classifier.
-        shapes: of their outputs for one image.
+        input_shape: of an image.
+        shapes: of the units' outputs for one image.
     """
 
     units: tuple[LocalUnit, ...]
+    input_shape: tuple[int, ...]
     shapes: tuple[tuple[int, ...], ...]
 
     def until(self, index: int) -> nn.Sequential:
@@ -59,12 +61,13 @@ def built(
         like = next(unit.parameters())
         return auxiliary_head(shape, num_classes, head_filters).to(like.device, like.dtype)
 
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(torch.device("cpu"), seed):
         pairs = list(zip(units.units, shapes, strict=True))
         heads = [_naming(unit.name, head, shape, unit.module) for unit, shape in pairs[:-1]]
     local = [LocalUnit(unit, each, options) for unit, each in zip(units.units, [*heads, units.classifier], strict=True)]
-    return Network(tuple(local), tuple(shapes))
+    for unit in local:
+        unit.check()
+    return Network(tuple(local), tuple(example.shape[1:]), tuple(shapes))
 
 
 @torch.no_grad()
@@ -76,11 +79,12 @@ def _traced(units: Units, example: Tensor, num_classes: int) -> list[tuple[int, 
     with _in_eval_mode(nn.Sequential(*modules, units.classifier)):
         value = images.clone()
         for unit in units.units:
-            value = _naming(unit.name, unit.module, value)
+            there = next(unit.module.parameters()).device
+            value = _naming(unit.name, unit.module, value.to(there))
             if not isinstance(value, Tensor):
                 raise ValueError(f"unit {unit.name} returns {type(value).__name__}; a unit has to return a tensor.")
             shapes.append(tuple(value.shape[1:]))
-        logits = _naming("the classifier", units.classifier, value)
+        logits = _naming("the classifier", units.classifier, value).to(images.device)
     if logits.shape != (len(images), num_classes):
         raise ValueError(
             f"num_classes = {num_classes}, but the network returns {list(logits.shape)} for {len(images)} images: give "

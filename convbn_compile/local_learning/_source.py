@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +11,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from convbn_compile._arguments import shown
-from convbn_compile.local_learning.storage import opened
+from convbn_compile.local_learning._local import resident_bytes
+
+READ_TWICE = 16
+"""Images by which augmentation is found."""
 
 Batch = tuple[Tensor, Tensor]
 """Images, or what a unit made of them, [b, ...], and their classes, int64 [b]; both on the CPU."""
@@ -22,6 +24,11 @@ class Source(Protocol):
     """Batches by the numbers of images."""
 
     def __len__(self) -> int: ...
+
+    @property
+    def resident(self) -> int:
+        """Bytes that it needs on the device."""
+        ...
 
     def batches(self, indices: Sequence[Tensor]) -> Iterator[Batch]:
         """A batch for each of the given tensors of numbers, int64 [b]."""
@@ -69,35 +76,18 @@ class Images:
         return x, y.long()
 
     @property
+    def resident(self) -> int:
+        """None on the device."""
+        return 0
+
+    def first(self, number: int) -> Tensor:
+        """The first images, [n, ...]."""
+        return next(self.batches([torch.arange(min(number, len(self)))]))[0]
+
+    @property
     def augments(self) -> bool:
-        """Whether an image is another one when it is read again."""
-        with torch.random.fork_rng(devices=[]):
-            first, second = (self.dataset[0][0] for _ in range(2))
-        return not torch.equal(first, second)
-
-
-@dataclass(frozen=True)
-class Cache:
-    """Rows on disk.
-
-    Attributes:
-        file: of the rows.
-        labels: of all images, int64 [n].
-        dtype: of the network.
-    """
-
-    file: Path
-    labels: Tensor
-    dtype: torch.dtype
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batches(self, indices: Sequence[Tensor]) -> Iterator[Batch]:
-        """Read as they are asked for."""
-        rows = opened(self.file)
-        for each in indices:
-            yield torch.from_numpy(rows[each.numpy()]).to(self.dtype), self.labels[each]
+        """Whether images are others when they are read again: some of them, twice, since a draw may repeat itself."""
+        return not torch.equal(self.first(READ_TWICE), self.first(READ_TWICE))
 
 
 @dataclass(frozen=True)
@@ -107,7 +97,7 @@ class Through:
     Attributes:
         source: what they get.
         units: the modules.
-        chunk: how many images go through them at a time.
+        chunk: how many images go through them at a time; fewer are filled up, so that it is the same kernels always.
         device: where the units are.
         rounded: the dtype of a cache that their output would be read from; None for none.
     """
@@ -121,22 +111,36 @@ class Through:
     def __len__(self) -> int:
         return len(self.source)
 
+    @property
+    def resident(self) -> int:
+        """Bytes of the units on the device."""
+        return self.source.resident + sum(map(resident_bytes, self.units))
+
     def batches(self, indices: Sequence[Tensor]) -> Iterator[Batch]:
         """Computed as they are asked for."""
         for x, y in self.source.batches(indices):
-            yield self.outputs(x), y
+            yield self._outputs(x), y
 
     @torch.no_grad()
-    def outputs(self, x: Tensor) -> Tensor:
+    def _outputs(self, x: Tensor) -> Tensor:
         """What the units make of a batch, on their device."""
-        done = []
-        for part in torch.split(x, self.chunk):
-            value = part.to(self.device)
-            for unit in self.units:
-                value = unit(value)
-            done.append(value.contiguous())
-        whole = torch.cat(done) if len(done) > 1 else done[0]
-        return whole if self.rounded is None else whole.to(self.rounded).to(whole.dtype)
+        whole: Tensor | None = None
+        for start in range(0, len(x), self.chunk):
+            part = self._output(x[start : start + self.chunk])
+            if whole is None:
+                whole = part.new_empty((len(x), *part.shape[1:]))
+            whole[start : start + len(part)] = part
+        assert whole is not None, "a batch has images"
+        return whole
+
+    def _output(self, x: Tensor) -> Tensor:
+        """Of at most `chunk` images."""
+        missing = x.new_zeros((self.chunk - len(x), *x.shape[1:]))
+        value = torch.cat([x, missing]).to(self.device)
+        for unit in self.units:
+            value = unit.eval()(value)
+        value = value[: len(x)]
+        return value if self.rounded is None else value.to(self.rounded).to(value.dtype)
 
 
 def check_dataset(name: str, dataset: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 Entry = dict[str, Any]
@@ -71,10 +71,10 @@ class State:
         Raises:
             ValueError: it is of a run with other settings, or of something else.
         """
-        try:
-            state = State(**manifest)
-        except TypeError as error:
-            raise ValueError(f"{folder} holds no run of this version of NeuroFlux. Use another folder.") from error
+        known = {each.name for each in fields(State)}
+        if manifest.keys() != known or not isinstance(manifest["settings"], dict):
+            raise ValueError(f"storage: {folder} holds no run of this version of NeuroFlux. Use another folder.")
+        state = State(**manifest)
         for name, value in settings.items():
             if state.settings.get(name) != value:
                 raise ValueError(

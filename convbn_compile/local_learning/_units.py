@@ -6,7 +6,7 @@ up to the next one, of a ResNet the stem or a residual block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,9 @@ from torch import nn
 
 from convbn_compile._arguments import shown
 from convbn_compile._wrapped import unwrapped
+
+MODAL = (nn.AlphaDropout, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout)
+"""Without parameters or buffers, and another thing in training."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,13 @@ class Units:
     model: nn.Module | None
 
     def __post_init__(self) -> None:
-        seen: dict[int, str] = {}
+        seen: dict[object, str] = {}
         for name, module in [*((unit.name, unit.module) for unit in self.units), ("the classifier", self.classifier)]:
-            for parameter in module.parameters():
-                if seen.setdefault(id(parameter), name) != name:
+            for what, each in _own(module):
+                if seen.setdefault(each, name) != name:
                     raise ValueError(
-                        f"NeuroFlux: {name} and {seen[id(parameter)]} share a parameter, which two local losses would "
-                        "train. Put them into one unit."
+                        f"NeuroFlux: {name} and {seen[each]} share a {what}, and are not trained at the same time. Put "
+                        "them into one unit, or give each its own."
                     )
         for unit in self.units:
             if next(unit.module.parameters(), None) is None:
@@ -58,6 +61,17 @@ class Units:
                     f"NeuroFlux: unit {unit.name} ({type(unit.module).__name__}) has no parameters, so that its loss "
                     "would train nothing. Put it into one unit with the module before it, in an nn.Sequential."
                 )
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, object]]:
+    """What a unit has that no other may have: what is trained, and what has a mode."""
+    for parameter in module.parameters():
+        yield "parameter", parameter
+    for buffer in module.buffers():
+        yield "buffer", buffer
+    for child in module.modules():
+        if isinstance(child, MODAL):
+            yield type(child).__name__, child
 
 
 def units_of(model: Any) -> Units:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 from convbn_compile.estimate import MIB
 from convbn_compile.local_learning._inputs import Inputs, Training, logger, progress_bar
+from convbn_compile.local_learning._local import seeded
 from convbn_compile.local_learning._network import Network
 from convbn_compile.local_learning._source import Images
 from convbn_compile.local_learning._state import State
 from convbn_compile.local_learning.partitioner import Plan
 from convbn_compile.local_learning.storage import Storage
 from convbn_compile.local_learning.worker import Worker
+
+TRAINING, EVALUATION = 0, 1
+"""What random numbers are for."""
 
 
 class Controller:
@@ -46,8 +51,16 @@ class Controller:
         self.inputs = Inputs(network, plan, training, data, storage, state, self._bar)
 
     def run(self) -> None:
-        """Train what is left to train. All units are on the device afterwards."""
-        self._restore()
+        """Train what is left to train. All units are afterwards where the first was, whatever happens."""
+        home = next(self.network.units[0].parameters()).device
+        try:
+            self._restore()
+            self._run()
+        finally:
+            for unit in self.network.units:
+                unit.to(home)
+
+    def _run(self) -> None:
         blocks = self.plan.blocks
         with self._bar(len(blocks), "blocks", initial=self.state.block) as bar:
             for number in range(self.state.block, len(blocks)):
@@ -57,8 +70,6 @@ class Controller:
                 self.inputs.place(number)
                 self._train(number)
                 bar.update()
-        for unit in self.network.units:
-            unit.to(self.training.device)
 
     def _restore(self) -> None:
         """Give the units the values that they had when the run was killed."""
@@ -73,14 +84,15 @@ class Controller:
         """A block, from where it is to its end."""
         block, state, training = self.plan.blocks[number], self.state, self.training
         source = self.inputs.of("train", number)
-        batch = min(block.batch_size, len(source))
         units = [self.network.units[index] for index in block.units]
-        worker = Worker(units, training.optimizer, batch, training.lr_batch_size, training.epochs)
+        worker = Worker(units, training.optimizer, block.batch_size, training.lr_batch_size, training.epochs)
         if state.checkpoint:
             worker.load(self.storage.load(state.checkpoint))
         for epoch in range(state.epoch, training.epochs):
-            with self._timed(), self._bar(len(source) // batch, f"block {number}, epoch {epoch}") as bar:
-                losses = worker.epoch(source, epoch, _seed(training.seed, number, epoch), bar.update)
+            with self._timed(), self._bar(len(source) // block.batch_size, f"block {number}, epoch {epoch}") as bar:
+                losses = worker.epoch(source, epoch, (training.seed, number, epoch, TRAINING), bar.update)
+            self._check_losses(number, losses)
+            with self._timed(), seeded(training.device, training.seed, number, epoch, EVALUATION):
                 accuracies = worker.accuracies(self.inputs.of("val", number))
             shown = [", ".join(f"{value:.4f}" for value in values) for values in (losses, accuracies)]
             logger.info("block %d, epoch %d: losses %s; accuracies %s", number, epoch, *shown)
@@ -90,6 +102,12 @@ class Controller:
             state.epoch = epoch + 1
             self.storage.commit(state.to_dict(), state.entries)
         self._finish(number, worker)
+
+    def _check_losses(self, number: int, losses: Sequence[float]) -> None:
+        for index, loss in zip(self.plan.blocks[number].units, losses, strict=True):
+            if not math.isfinite(loss):
+                name = self.network.units[index].name
+                logger.warning("unit %s: its loss is %s. Use an optimizer with a lower learning rate.", name, loss)
 
     def _finish(self, number: int, worker: Worker) -> None:
         """Keep the block's values, and go on to the next."""
@@ -112,8 +130,3 @@ class Controller:
         began = time.perf_counter()
         yield
         self.state.seconds += time.perf_counter() - began
-
-
-def _seed(seed: int, block: int, epoch: int) -> int:
-    """Of an epoch: the same whether or not the run was killed before."""
-    return (seed * 1_000_003 + block * 1009 + epoch) % 2**63

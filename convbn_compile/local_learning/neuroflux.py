@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
@@ -15,18 +16,22 @@ from torch.utils.data import Dataset
 
 from convbn_compile import _torch
 from convbn_compile._arguments import count, located, num_bytes, one_of, share, shown
-from convbn_compile.local_learning._inputs import Training, cache_bytes, check_space, logger, progress_bar
-from convbn_compile.local_learning._local import Optimizer, resident_bytes, sgd
+from convbn_compile.local_learning._cache import cache_bytes
+from convbn_compile.local_learning._inputs import Training, logger, progress_bar
+from convbn_compile.local_learning._local import Optimizer, resident_bytes, seeded, sgd
 from convbn_compile.local_learning._network import Network, built
 from convbn_compile.local_learning._source import Images, check_dataset
 from convbn_compile.local_learning._state import State
 from convbn_compile.local_learning._units import units_of
 from convbn_compile.local_learning.controller import Controller
 from convbn_compile.local_learning.partitioner import Block, Partitioner, Plan
-from convbn_compile.local_learning.profiler import Profile, profiled
+from convbn_compile.local_learning.profiler import Profile, UnitProfile, checked, profiled, steps_of
 from convbn_compile.local_learning.report import Exit, Report, reported
 from convbn_compile.local_learning.storage import Storage
 from convbn_compile.options import Options
+
+CHECKS = 4
+"""How often a plan is made anew because a step took more than its line."""
 
 
 class NeuroFlux:
@@ -120,7 +125,7 @@ class NeuroFlux:
         self.options = dict(options or {})
         Options.parse("train", self.options)
         first = next(self._units.units[0].module.parameters())
-        self.device = torch.device(first.device if device is None else device)
+        self.device = first.device if device is None else _device(device)
         self._network: Network | None = None
         self._profile: Profile | None = None
         self._plan: Plan | None = None
@@ -138,42 +143,66 @@ class NeuroFlux:
 
         Raises:
             TypeError: `example` is not a tensor.
-            ValueError: the network does not take it, or is not what its units make one after the other.
+            ValueError: the network does not take it, or is not what its units make one after the other; a step fails.
             ModuleNotFoundError: tqdm is not installed.
         """
         if not isinstance(example, Tensor):
             raise TypeError(f"profile: example must be a tensor of images [N, C, H, W], got {shown(example)}.")
         network = self._build(example)
-        shapes = pairwise([tuple(example.shape[1:]), *network.shapes])
-        each = list(zip(network.units, shapes, strict=True))
         budget, found = self.memory_budget * (1.0 - self.margin), []
-        bar = progress_bar(len(each), "profile", show=progress)
-        with torch.random.fork_rng(), _torch.unlimited_compiles(), bar:
-            torch.manual_seed(self.seed)
-            for unit, both in each:
-                home = next(unit.parameters()).device
-                unit.to(self.device)
-                found.append(profiled(unit, both, self.optimizer, budget, self.batch_size_limit))
-                unit.to(home)
+        with self._measuring(), progress_bar(len(network.units), "profile", show=progress) as bar:
+            for unit, both in zip(network.units, pairwise([network.input_shape, *network.shapes]), strict=True):
+                found.append(profiled(unit, both, self.optimizer, self.device, budget, self.batch_size_limit))
                 bar.update()
         self._profile, self._plan = Profile(tuple(found)), None
         return self._profile
 
+    @contextmanager
+    def _measuring(self) -> Iterator[None]:
+        with seeded(self.device, self.seed), _torch.unlimited_compiles():
+            yield
+
     def plan(self) -> Plan:
-        """Group units into blocks, and find each block's batch size.
+        """Group units into blocks, and find each block's batch size, which a step of each unit is run with.
 
         Returns:
             The blocks, as a table (`print`).
 
         Raises:
-            ValueError: profile was not called; a unit does not fit into the budget with a single image.
+            ValueError: profile was not called; a unit does not fit into the budget with a single image, or cannot be
+                trained with the batch that does.
         """
+        if self._profile is None and self._plan is not None:
+            return self._plan
         if self._profile is None or self._network is None:
             raise ValueError("plan needs a profile: call profile(example) before, with images like those of training.")
-        fixed = sum(map(resident_bytes, self._network.units)) if self.cache == "never" else 0
-        partitioner = Partitioner(self.memory_budget, self.margin, self.batch_size_limit, self.similarity, fixed)
-        self._plan = partitioner.plan(self._profile.units)
+        self._plan = self._planned(self._network, self._profile, self.batch_size_limit)
         return self._plan
+
+    def _planned(self, network: Network, profile: Profile, limit: int) -> Plan:
+        """By the lines, until no step takes more than its line."""
+        fixed = sum(map(resident_bytes, network.units)) if self.cache == "never" else 0
+        partitioner = Partitioner(self.memory_budget, self.margin, limit, self.similarity, fixed)
+        plan, units = partitioner.plan(profile.units), profile.units
+        for _ in range(CHECKS):
+            before, units = units, self._checked(network, plan, units)
+            if all(old.margin == new.margin for old, new in zip(before, units, strict=True)):
+                break
+            plan = partitioner.plan(units)
+        return plan
+
+    def _checked(self, network: Network, plan: Plan, units: Sequence[UnitProfile]) -> tuple[UnitProfile, ...]:
+        """The lines with points at the batches of a plan."""
+        batches = [block.batch_size for block in plan.blocks for _ in block.units]
+        inputs, found = [network.input_shape, *network.shapes], []
+        with self._measuring():
+            for local, shape, unit, batch in zip(network.units, inputs, units, batches, strict=False):
+                if batch in dict(unit.points):
+                    found.append(unit)
+                    continue
+                with steps_of(local, shape, self.optimizer, self.device) as (_, bytes_at):
+                    found.append(checked(unit, batch, bytes_at(batch)))
+        return tuple(found)
 
     def fit(self, train: Dataset[Any], val: Dataset[Any], epochs: int, *, progress: bool = True) -> Report:
         """Train block after block; in a storage with a run that was killed, what is left of it.
@@ -196,25 +225,36 @@ class NeuroFlux:
             ModuleNotFoundError: numpy or tqdm is not installed.
         """
         epochs = located("epochs", count, epochs)
-        check_dataset("train", train)
-        check_dataset("val", val)
-        data = {name: Images(each, self.num_classes) for name, each in (("train", train), ("val", val))}
-        example, _ = next(data["train"].batches([torch.arange(min(2, len(data["train"])))]))
-        network, storage = self._build(example), Storage(self.storage)
+        data = {}
+        for name, dataset in (("train", train), ("val", val)):
+            check_dataset(name, dataset)
+            data[name] = Images(dataset, self.num_classes)
+        storage = Storage(self.storage)
+        with storage.locked(), seeded(self.device, self.seed):
+            self._fit(storage, data, epochs, progress=progress)
+        return self._done()
+
+    def _fit(self, storage: Storage, data: dict[str, Images], epochs: int, *, progress: bool) -> None:
+        example, other = (images.first(2) for images in data.values())
+        if example.shape[1:] != other.shape[1:]:
+            raise ValueError(
+                f"val: its images have the shape {list(other.shape[1:])}, those of train {list(example.shape[1:])}."
+            )
+        network = self._build(example)
         settings, manifest = self._settings(network, epochs, data), storage.manifest()
         if manifest is None:
             state = self._begin(storage, settings, example, data, progress=progress)
         else:
             state = State.read(manifest, settings, storage.folder)
             logger.warning("going on with the run in %s: %d blocks are done", storage.folder, state.block)
+            storage.tidy(state.entries)
         blocks = tuple(Block(**{**block, "names": tuple(block["names"])}) for block in state.plan)
-        plan = Plan(blocks, self.memory_budget, self.margin)
+        self._plan = plan = Plan(blocks, self.memory_budget, self.margin)
         training = Training(
             self.optimizer, self.lr_batch_size, epochs, self.seed, self.cache, self.cache_dtype, self.device
         )
         Controller(network, plan, training, data, storage, state, progress=progress).run()
-        self._plan, self._report = plan, reported(network, state, plan, self.exit_tolerance, example.to(self.device))
-        return self._report
+        self._report = reported(network, state, plan, self.exit_tolerance, self.device)
 
     def exits(self) -> tuple[Exit, ...]:
         """All exits, with accuracy and parameters.
@@ -239,10 +279,10 @@ class NeuroFlux:
         """
         report, network = self._done(), self._network
         assert network is not None
-        numbers: dict[Any, int] = {"best": report.chosen.unit, "last": len(report.exits) - 1}
-        for each in report.exits:
-            numbers |= {each.name: each.unit, each.unit: each.unit}
-        if isinstance(exit, bool) or exit not in numbers:
+        numbers: dict[Any, int] = {each.name: each.unit for each in report.exits}
+        numbers |= {each.unit: each.unit for each in report.exits}
+        numbers |= {"best": report.chosen.unit, "last": len(report.exits) - 1}
+        if isinstance(exit, bool) or not isinstance(exit, (str, int)) or exit not in numbers:
             names = [each.name for each in report.exits]
             raise ValueError(f'exit must be "best", "last", or one of {names} or its number, got {shown(exit)}.')
         return copy.deepcopy(network.until(numbers[exit])).eval()
@@ -255,8 +295,8 @@ class NeuroFlux:
     def _build(self, example: Tensor) -> Network:
         """Units with heads, the same ones for images of the same shape."""
         network = built(self._units, example, self.num_classes, self.head_filters, self.options, self.seed)
-        if self._network is None or self._network.shapes != network.shapes:
-            self._network, self._profile, self._plan = network, None, None
+        if self._network is None or self._network.input_shape != network.input_shape:
+            self._network, self._profile, self._plan, self._report = network, None, None, None
         return self._network
 
     def _begin(
@@ -264,14 +304,15 @@ class NeuroFlux:
     ) -> State:
         """A new run; what cannot end well does not begin."""
         network = self._build(example)
-        if self._profile is None:
-            self.profile(example, progress=progress)
+        profile = self._profile or self.profile(example, progress=progress)
         plan = self._plan or self.plan()
+        if any(block.batch_size > len(data["train"]) for block in plan.blocks):
+            plan = self._planned(network, profile, len(data["train"]))
         if self.cache == "always":
             images = sum(map(len, data.values()))
             shapes = [network.shapes[block.units[-1]] for block in plan.blocks[:-1]]
             sizes = [cache_bytes(images, shape, self.cache_dtype) for shape in shapes]
-            check_space(storage, max(map(sum, pairwise([0, *sizes])), default=0))
+            storage.check_space(max(map(sum, pairwise([0, *sizes])), default=0))
         start = storage.save("start.pt", [unit.state_dict() for unit in network.units])
         state = State(settings, [asdict(block) for block in plan.blocks], start)
         storage.commit(state.to_dict(), state.entries)
@@ -295,3 +336,10 @@ class NeuroFlux:
             "epochs": epochs,
             "images": [len(one) for one in data.values()],
         }
+
+
+def _device(given: Any) -> torch.device:
+    try:
+        return torch.device(given)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f'device must be a device of torch, such as "cuda:0", got {shown(given)}.') from error

@@ -61,6 +61,11 @@ class Plan:
     memory_budget: int
     margin: float
 
+    @property
+    def least_batch(self) -> int:
+        """The smallest of all blocks, by which blocks that are done are run."""
+        return min(block.batch_size for block in self.blocks)
+
     def __str__(self) -> str:
         rows = [
             [
@@ -142,7 +147,7 @@ class Partitioner:
     def _check(self, unit: UnitProfile) -> None:
         needed = self._bytes_at([unit], 1)
         if needed > self._usable:
-            least = needed / (1.0 - self.margin) / MIB
+            least = math.ceil(100 * needed / (1.0 - self.margin) / MIB) / 100
             raise ValueError(
                 f"memory_budget: unit {unit.name} does not fit into {self.memory_budget / MIB:.2f} MiB with a single "
                 f"image, which takes {needed / MIB:.2f} MiB beside a margin of {100 * self.margin:.0f} %. The least "

@@ -14,12 +14,14 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from tabulate import tabulate
+from torch import nn
 
 from convbn_compile._extras import require
 from convbn_compile.estimate import MIB
@@ -62,7 +64,7 @@ class UnitProfile:
     @property
     def linear(self) -> bool:
         """Whether the line fits."""
-        return self.margin == 0.0
+        return self.r2 >= LINEAR
 
     @property
     def passing(self) -> float:
@@ -94,7 +96,7 @@ class Profile:
                 f"{unit.slope / MIB:.4f}",
                 f"{unit.r2:.6f}",
                 ", ".join(str(batch) for batch, _ in unit.points),
-                "" if unit.linear else f"not linear: {unit.margin / MIB:.2f} MiB added",
+                _remark(unit),
             ]
             for unit in self.units
         ]
@@ -124,6 +126,11 @@ class Profile:
         figure.savefig(path, dpi=150)
 
 
+def _remark(unit: UnitProfile) -> str:
+    added = f"{unit.margin / MIB:.2f} MiB added" if unit.margin else ""
+    return added if unit.linear else f"not linear: {added}"
+
+
 def fitted(profile: UnitProfile) -> UnitProfile:
     """The line through the points of a profile, and how well it fits."""
     batches, sizes = [[float(each) for each in side] for side in zip(*profile.points, strict=True)]
@@ -135,41 +142,84 @@ def fitted(profile: UnitProfile) -> UnitProfile:
     return replace(profile, intercept=intercept, slope=max(slope, 0.0), r2=r2, margin=margin)
 
 
+def checked(profile: UnitProfile, batch: int, size: int) -> UnitProfile:
+    """With one point more, above which the line is raised if it is below."""
+    margin = profile.margin + max(0.0, size - profile.at(batch))
+    return replace(profile, points=tuple(sorted([*profile.points, (batch, size)])), margin=margin)
+
+
+@contextmanager
+def steps_of(
+    local: LocalUnit, shape: Sequence[int], optimizer: Optimizer, device: torch.device
+) -> Iterator[tuple[torch.optim.Optimizer, Callable[[int], int]]]:
+    """Run real steps of a unit to measure them. Its values, mode and device are afterwards what they were.
+
+    Args:
+        local: the unit.
+        shape: of its input for one image.
+        optimizer: of its parameters.
+        device: to run on.
+
+    Yields:
+        The optimizer, and a function from a batch size to the bytes of a step.
+    """
+    like = next(local.parameters())
+    before, modes, home = copy.deepcopy(local.state_dict()), _modes(local), like.device
+    local.to(device).train()
+    trains = optimizer(local.trained())
+
+    def bytes_at(batch: int) -> int:
+        x = torch.randn(batch, *shape, device=device, dtype=like.dtype)
+        target = torch.zeros(batch, dtype=torch.int64, device=device)
+        resident = resident_bytes(local, trains) + x.nbytes + target.nbytes
+        return resident + allocated_peak(lambda: local.step(x, target, trains), device)
+
+    try:
+        bytes_at(BATCH_SIZES[0])  # compiles, and makes the optimizer's state
+        yield trains, bytes_at
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"unit {local.name}: a step of training fails: {error}") from error
+    finally:
+        local.to(home).load_state_dict(before)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _modes(module: nn.Module) -> dict[nn.Module, bool]:
+    return {each: each.training for each in module.modules()}
+
+
 def profiled(
     local: LocalUnit,
     shapes: tuple[tuple[int, ...], tuple[int, ...]],
     optimizer: Optimizer,
+    device: torch.device,
     budget: float,
     limit: int,
 ) -> UnitProfile:
-    """Of one unit; its values are afterwards what they were.
+    """Of one unit.
 
     Args:
-        local: on the device that it is to be trained on.
+        local: the unit.
         shapes: of its input and of its output, for one image.
         optimizer: of its parameters.
+        device: that it is to be trained on.
         budget: bytes that the largest batch may take.
         limit: the largest batch.
+
+    Raises:
+        ValueError: a step fails.
     """
-    before = copy.deepcopy(local.state_dict())
-    mode = local.training
-    trains = optimizer(local.trained())
-    local.train()
-    bytes_at = _measured(local, trains, shapes[0])
-    try:
-        points = [(batch, bytes_at(batch)) for batch in BATCH_SIZES]
+    with steps_of(local, shapes[0], optimizer, device) as (trains, bytes_at):
         first = UnitProfile(
             name=local.name,
             shape=shapes[1],
             input_bytes=torch.Size(shapes[0]).numel() * next(local.parameters()).element_size(),
             parameters=sum(parameter.numel() for parameter in local.parameters()),
             resident=resident_bytes(local, trains),
-            points=tuple(points),
+            points=tuple((batch, bytes_at(batch)) for batch in BATCH_SIZES),
         )
         return _extended(fitted(first), bytes_at, budget, limit)
-    finally:
-        local.load_state_dict(before)
-        local.train(mode)
 
 
 def _extended(profile: UnitProfile, bytes_at: Callable[[int], int], budget: float, limit: int) -> UnitProfile:
@@ -183,17 +233,3 @@ def _extended(profile: UnitProfile, bytes_at: Callable[[int], int], budget: floa
         return profile
     points = sorted([*profile.points, (between, bytes_at(between))])
     return fitted(replace(profile, points=tuple(points)))
-
-
-def _measured(local: LocalUnit, optimizer: torch.optim.Optimizer, shape: Sequence[int]) -> Callable[[int], int]:
-    """From a batch size to the bytes of a step; a step before has compiled it and made the optimizer's state."""
-    like = next(local.parameters())
-
-    def bytes_at(batch: int) -> int:
-        x = torch.randn(batch, *shape, device=like.device, dtype=like.dtype)
-        target = torch.zeros(batch, dtype=torch.int64, device=like.device)
-        resident = resident_bytes(local, optimizer) + x.nbytes + target.nbytes
-        return resident + allocated_peak(lambda: local.step(x, target, optimizer), like.device)
-
-    bytes_at(BATCH_SIZES[0])
-    return bytes_at

@@ -146,7 +146,7 @@ def chosen_exit(exits: Sequence[Exit], tolerance: float) -> Exit:
     return next(each for each in exits if each.accuracy >= best - tolerance)
 
 
-def reported(network: Network, state: State, plan: Plan, tolerance: float, images: Tensor) -> Report:
+def reported(network: Network, state: State, plan: Plan, tolerance: float, device: torch.device) -> Report:
     """Of a run that is done, whose network is in eval mode afterwards.
 
     Args:
@@ -154,15 +154,17 @@ def reported(network: Network, state: State, plan: Plan, tolerance: float, image
         state: at the end.
         plan: the blocks.
         tolerance: of the chosen exit.
-        images: to call it with, at least one, where the network is.
+        device: where images a second are measured; the network stays where it is.
     """
     ends = [network.until(index).eval() for index in range(len(network.units))]
     sizes = [sum(parameter.numel() for parameter in end.parameters()) for end in ends]
     rows = zip(network.units, state.accuracies, sizes, strict=True)
     exits = tuple(Exit(index, unit.name, accuracy, size) for index, (unit, accuracy, size) in enumerate(rows))
     chosen = chosen_exit(exits, tolerance)
-    batch = images[:1].expand(THROUGHPUT_BATCH, *images.shape[1:])
-    ratio = _seconds(ends[-1], batch) / _seconds(ends[chosen.unit], batch)
+    like = next(network.units[0].parameters())
+    batch = min(THROUGHPUT_BATCH, plan.least_batch)
+    images = torch.zeros(batch, *network.input_shape, dtype=like.dtype, device=device)
+    ratio = _seconds(ends[-1], images) / _seconds(ends[chosen.unit], images)
     runs = zip(plan.blocks, state.runs, strict=True)
     blocks = tuple(BlockRun(names=block.names, predicted=block.predicted, **run) for block, run in runs)
     return Report(plan.memory_budget, blocks, exits, tuple(state.history), chosen, sizes[-1], ratio)
@@ -170,10 +172,12 @@ def reported(network: Network, state: State, plan: Plan, tolerance: float, image
 
 @torch.no_grad()
 def _seconds(model: nn.Module, images: Tensor) -> float:
-    """Of a call, the fastest of five."""
-    found = []
+    """Of a call, the fastest of five; the model is on the images' device meanwhile."""
+    found, home = [], next(model.parameters()).device
+    model.to(images.device)
     for _ in range(5):
         began = time.perf_counter()
         model(images).sum().item()
         found.append(time.perf_counter() - began)
+    model.to(home)
     return min(found)

@@ -1,5 +1,6 @@
 """Storage: what a run keeps in a folder, so that it can go on where it was killed.
 
+    .lock              is locked while a run uses the folder
     manifest.json      what is done, and the checksum of every other file; replaced atomically, the last thing written
     start.pt           the units and heads before training
     checkpoint_*.pt    the block in training after its last epoch: values and optimizers
@@ -19,18 +20,27 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from convbn_compile._extras import require
+from convbn_compile._arguments import shown
+from convbn_compile.estimate import MIB
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 MANIFEST = "manifest.json"
-OURS = re.compile(r"start\.pt|(checkpoint|block|cache|labels)_\w+\.(pt|npy)(\.new)?|probe\.new")
+SPLITS = ("train", "val")
+OURS = re.compile(
+    r"(start\.pt|checkpoint_\d+_\d+\.pt|block_\d+\.pt|(cache|labels)_\d+_(train|val)\.(npy|pt))(\.new)?|probe\.new"
+)
 """Names of the files that the manifest has to name."""
 PROBE = 2**24
 """Bytes that the speed of the storage is measured with."""
@@ -53,7 +63,27 @@ class Storage:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"storage: {shown(str(folder))} cannot be a folder: {error}") from error
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """For one run at a time.
+
+        Raises:
+            ValueError: another run uses the folder.
+        """
+        with self.path(".lock").open("w") as file:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    raise ValueError(
+                        f"storage: another run uses {self.folder} now. Wait for its end, or use another folder."
+                    ) from error
+            yield
 
     def path(self, name: str) -> Path:
         """Of a file."""
@@ -63,6 +93,7 @@ class Storage:
         """What was committed last; None in a new folder."""
         file = self.path(MANIFEST)
         if not file.exists():
+            self._check_new()
             return None
         try:
             read = json.loads(file.read_text())
@@ -83,11 +114,31 @@ class Storage:
         """
         new = self.path(MANIFEST + ".new")
         new.write_text(json.dumps(manifest, indent=1))
-        _replace(new, self.path(MANIFEST))
+        replace_file(new, self.path(MANIFEST))
+        self.tidy(needed)
+
+    def tidy(self, needed: Iterable[dict[str, Any]]) -> None:
+        """Delete what a run, or one that was killed, left behind.
+
+        Args:
+            needed: entries of the files that are kept.
+        """
         kept = {entry["file"] for entry in needed}
-        for file in self.folder.iterdir():
-            if OURS.fullmatch(file.name) and file.name not in kept:
+        for file in self._files():
+            if file.name not in kept:
                 file.unlink()
+
+    def _files(self) -> list[Path]:
+        return [file for file in self.folder.iterdir() if OURS.fullmatch(file.name)]
+
+    def _check_new(self) -> None:
+        """A run that was killed before its first manifest leaves its beginning at most; the rest is somebody's."""
+        theirs = sorted(file.name for file in self._files() if not file.name.startswith(("start.", "probe.")))
+        if theirs:
+            raise ValueError(
+                f"storage: {self.folder} has {theirs[0]}, which a run would replace, and no {MANIFEST}. Use another "
+                "folder."
+            )
 
     def save(self, name: str, value: Any) -> dict[str, str]:
         """Write a file of tensors.
@@ -98,7 +149,7 @@ class Storage:
         new = self.path(name + ".new")
         torch.save(value, new)
         entry = {"file": name, "sha256": checksum(new)}
-        _replace(new, self.path(name))
+        replace_file(new, self.path(name))
         return entry
 
     def load(self, entry: dict[str, Any]) -> Any:
@@ -124,6 +175,18 @@ class Storage:
         """Bytes."""
         return shutil.disk_usage(self.folder).free
 
+    def check_space(self, needed: int) -> None:
+        """Refuse to write what does not fit.
+
+        Raises:
+            ValueError: there is less space.
+        """
+        if needed > self.free:
+            raise ValueError(
+                f"storage: {self.folder} has {self.free / MIB:.1f} MiB free, and caches take {needed / MIB:.1f} MiB. "
+                'Use a folder with more space, cache_dtype=torch.float16, or cache="never".'
+            )
+
     def speed(self) -> Speed:
         """As measured with a file that does not stay in memory."""
         file, content = self.path("probe.new"), os.urandom(PROBE)
@@ -141,43 +204,6 @@ class Storage:
         return Speed(PROBE / (written - began), PROBE / (read - written))
 
 
-class CacheWriter:
-    """Writes the rows of a cache one batch after the other.
-
-    Args:
-        storage: where.
-        name: of the file.
-        shape: of the whole, [n, ...].
-        dtype: float32 or float16.
-    """
-
-    def __init__(self, storage: Storage, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self._storage, self._name, self._dtype = storage, name, dtype
-        self._new = storage.path(name + ".new")
-        self._rows = _numpy().lib.format.open_memmap(self._new, "w+", str(dtype).removeprefix("torch."), shape)
-        self._filled = 0
-
-    def append(self, rows: Tensor) -> None:
-        """The next of them, [b, ...]."""
-        end = self._filled + len(rows)
-        self._rows[self._filled : end] = rows.to("cpu", self._dtype).numpy()
-        self._filled = end
-
-    def close(self) -> dict[str, str]:
-        """Returns: what the manifest is to say of it."""
-        assert self._filled == len(self._rows), f"{self._filled} of {len(self._rows)} rows of a cache were written"
-        self._rows.flush()
-        del self._rows
-        entry = {"file": self._name, "sha256": checksum(self._new)}
-        _replace(self._new, self._storage.path(self._name))
-        return entry
-
-
-def opened(file: Path) -> Any:
-    """The rows of a cache, memory-mapped: an array of numpy that reads what is asked of it."""
-    return _numpy().load(file, mmap_mode="r")
-
-
 def checksum(file: Path) -> str:
     """SHA-256."""
     found = hashlib.sha256()
@@ -187,11 +213,7 @@ def checksum(file: Path) -> str:
     return found.hexdigest()
 
 
-def _numpy() -> Any:
-    return require("numpy", extra="local-learning")
-
-
-def _replace(new: Path, old: Path) -> None:
+def replace_file(new: Path, old: Path) -> None:
     """Put a file in place of another, on the disk and not in its buffers only."""
     with new.open("rb") as stream:
         os.fsync(stream.fileno())

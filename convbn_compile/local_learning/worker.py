@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from convbn_compile import _torch
-from convbn_compile.local_learning._local import LocalUnit, Optimizer, resident_bytes
+from convbn_compile.local_learning._local import LocalUnit, Optimizer, resident_bytes, seeded
 from convbn_compile.local_learning._source import Source
 from convbn_compile.measure import allocated_peak
 
@@ -39,9 +39,11 @@ class Worker:
         self, units: Sequence[LocalUnit], optimizer: Optimizer, batch_size: int, lr_batch_size: int, epochs: int
     ) -> None:
         self.units, self.batch_size, self.epochs = units, batch_size, epochs
+        for unit in units:
+            unit.zero_grad()  # of whatever was before
         self.optimizers = [optimizer(unit.trained()) for unit in units]
         scale = math.sqrt(batch_size / lr_batch_size)
-        self._lr = [[scale * group["lr"] for group in each.param_groups] for each in self.optimizers]
+        self._lr = [[float(scale * group["lr"]) for group in each.param_groups] for each in self.optimizers]
         self.measured = 0
 
     @property
@@ -49,30 +51,30 @@ class Worker:
         """Where the units are."""
         return next(self.units[0].parameters()).device
 
-    def epoch(self, source: Source, number: int, seed: int, advance: Advance = lambda _: None) -> list[float]:
+    def epoch(self, source: Source, number: int, seed: Sequence[int], advance: Advance = lambda _: None) -> list[float]:
         """Train for an epoch.
 
         Args:
             source: of the block's input.
             number: of the epoch, from 0.
-            seed: of the order of images, of dropout, and of what torch's generator augments.
+            seed: numbers; of the order of images, of dropout, and of what torch's generator augments.
             advance: for a progress bar.
 
         Returns:
             The mean loss of each unit.
         """
         losses = torch.zeros(len(self.units))
-        with torch.random.fork_rng(), _torch.unlimited_compiles():
-            torch.manual_seed(seed)
+        with seeded(self.device, *seed), _torch.unlimited_compiles():
             order = shuffled(len(source), self.batch_size)
             for unit in self.units:
                 unit.train()
-            for step, (x, target) in enumerate(source.batches(order)):
+            batches = source.batches(order)
+            for step in range(len(order)):
                 self._set_lr((number * len(order) + step + 0.5) / (self.epochs * len(order)))
                 measures = number == 0 and step == min(1, len(order) - 1)  # the first step compiles
-                losses += self._measured(x, target) if measures else self._batch(x, target)
+                losses += self._measured(source, batches) if measures else self._batch(*next(batches))
                 advance(1)
-        return (losses / len(order)).tolist()
+        return [float(loss) for loss in losses / len(order)]
 
     def _batch(self, x: Tensor, target: Tensor) -> Tensor:
         """One step of each unit."""
@@ -83,14 +85,16 @@ class Worker:
             losses.append(loss)
         return torch.stack(losses).cpu()
 
-    def _measured(self, x: Tensor, target: Tensor) -> Tensor:
-        """The same; finds out what it takes at the peak."""
-        losses: list[Tensor] = []
+    def _measured(self, source: Source, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+        """The same with the next batch; finds out what it takes at the peak, if computing its input is part of it."""
         pairs = zip(self.units, self.optimizers, strict=True)
-        resident = sum(resident_bytes(unit, optimizer) for unit, optimizer in pairs)
-        there = sum(tensor.nbytes for tensor in (x, target) if tensor.device == self.device)
-        rise = allocated_peak(lambda: losses.append(self._batch(x, target)), self.device)
-        self.measured = resident + there + rise
+        resident = source.resident + sum(resident_bytes(unit, optimizer) for unit, optimizer in pairs)
+        held: list[tuple[Tensor, Tensor]] = []
+        fetched = allocated_peak(lambda: held.append(next(batches)), self.device)
+        losses: list[Tensor] = []
+        there = sum(tensor.nbytes for tensor in held[0] if tensor.device == self.device)
+        rise = allocated_peak(lambda: losses.append(self._batch(*held[0])), self.device)
+        self.measured = resident + max(there + rise, fetched if source.resident else 0)
         return losses[0]
 
     def _set_lr(self, progress: float) -> None:

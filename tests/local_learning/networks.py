@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from convbn_compile.local_learning import NeuroFlux, Profile
+from convbn_compile.local_learning.partitioner import Partitioner
 from convbn_compile.local_learning.profiler import UnitProfile
 
 CLASSES = 4
@@ -60,7 +61,7 @@ def flux(folder, model=None, **changed):
 
 
 def profiled_as(run, *batches):
-    """Lines by which the batches that fill the budget are these: what is measured depends on the processor."""
+    """A plan with these batches, without measuring: what is measured depends on the processor."""
     dtype = next(run._units.units[0].module.parameters()).dtype
     built = run._build(images()[:2][0].to(dtype))
     usable = run.memory_budget * (1 - run.margin)
@@ -70,6 +71,8 @@ def profiled_as(run, *batches):
             for unit, shape, batch in zip(built.units, built.shapes, batches, strict=True)
         )
     )
+    limit, similarity = run.batch_size_limit, run.similarity
+    run._plan = Partitioner(run.memory_budget, run.margin, limit, similarity).plan(run._profile.units)
     return run
 
 

@@ -4,7 +4,8 @@ import re
 
 import pytest
 import torch
-from local_learning.networks import flux, images, uncompiled
+from local_learning.networks import flux, images, network, uncompiled, unit
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from convbn_compile._arguments import num_bytes
@@ -45,7 +46,6 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_arguments(name, tmp_path):
-    from local_learning.networks import network
 
     from convbn_compile.local_learning import NeuroFlux
 
@@ -141,4 +141,46 @@ def test_a_budget_that_nothing_fits_into(tmp_path):
         pytest.raises(ValueError, match=r"memory_budget: unit \d does not fit into 0.03 MiB with a single image"),
     ):
         run.fit(images(), images(24, 2), 1, progress=False)
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("[!.]*"))
+
+
+def test_images_of_two_shapes(tmp_path):
+    val = TensorDataset(torch.randn(8, 3, 10, 10), torch.zeros(8, dtype=torch.int64))
+    message = "val: its images have the shape [3, 10, 10], those of train [3, 8, 8]."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        flux(tmp_path).fit(images(), val, 1)
+
+
+def test_a_batch_that_batch_norm_does_not_take(tmp_path):
+    """One image, one pixel."""
+    run = flux(tmp_path, [unit(3, 8, 8), nn.Sequential(nn.Flatten(), nn.Linear(8, 4))], memory_budget="1MiB")
+    with uncompiled(), pytest.raises(ValueError, match="unit 0: a step of training fails: Expected more than 1 value"):
+        run.fit(images(1), images(24, 2), 1, progress=False)
+    assert not list(tmp_path.glob("[!.]*"))
+
+
+def test_nothing_to_train(tmp_path):
+    modules = network()
+    for module in modules[2:]:
+        module.requires_grad_(requires_grad=False)
+    with pytest.raises(ValueError, match="unit 2: it and its head have no parameter that requires a gradient"):
+        flux(tmp_path, modules).profile(images()[:2][0])
+
+
+def test_a_device_that_is_none(tmp_path):
+    with pytest.raises(ValueError, match="device must be a device of torch, such as"):
+        flux(tmp_path, device="gpu")
+
+
+@pytest.mark.parametrize(
+    ("shared", "what"),
+    [(nn.Dropout(0.5), "Dropout"), (nn.BatchNorm2d(8, affine=False), "buffer"), (nn.ReLU(), None)],
+)
+def test_modules_of_two_units(shared, what, tmp_path):
+    first, second, third, head = network()
+    modules = [nn.Sequential(first, shared), nn.Sequential(second, shared), third, head]
+    if what is None:
+        flux(tmp_path, modules)
+        return
+    with pytest.raises(ValueError, match=f"1 and 0 share a {what}, and are not trained at the same time"):
+        flux(tmp_path, modules)

@@ -83,6 +83,14 @@ def test_one_image_that_does_not_fit():
     assert groups(partitioner(5 * 2**19, margin=0.2).plan(units))[1] == (("b",), 1)
 
 
+def test_the_least_budget_is_enough():
+    units = [unit("a", 0, 0, 2**20 + 4321)]
+    with pytest.raises(ValueError, match="The least budget") as raised:
+        partitioner(2**20).plan(units)
+    least = float(re.search(r"for it is ([0-9.]+) MiB", str(raised.value))[1])
+    assert groups(partitioner(int(least * 2**20)).plan(units)) == [(("a",), 1)]
+
+
 def test_it_prints():
     printed = str(partitioner(2**20, margin=0.1).plan([unit("first", 0, 0, 4096), unit("second", 0, 0, 4096)]))
     assert "1.00 MiB, of which 10 % are left free" in printed

@@ -9,8 +9,8 @@ import torchvision
 from local_learning.networks import CLASSES, flux, images, uncompiled, values
 from torch import nn
 
-from convbn_compile.local_learning import NeuroFlux
-from convbn_compile.local_learning.profiler import Profile, UnitProfile, _extended, fitted
+from convbn_compile.local_learning import NeuroFlux, neuroflux
+from convbn_compile.local_learning.profiler import Profile, UnitProfile, _extended, checked, fitted
 
 
 def made(*points, resident=0):
@@ -142,3 +142,29 @@ def test_a_mutant_of_the_line():
     profile = made((2, 100), (4, 101), (8, 102), (16, 103), (512, 900), (600, 5000))
     lower = replace(profile, margin=0.0)
     assert any(lower.at(batch) < size for batch, size in profile.points)
+
+
+def test_a_plan_is_checked_by_steps(tmp_path, monkeypatch):
+    """A step that takes more than its line raises the line, until no step does."""
+    run = flux(tmp_path)
+    with uncompiled():
+        run.profile(images()[:2][0], progress=False)
+        planned = run.plan()
+        for block in planned.blocks:
+            assert all(
+                block.batch_size in dict(run._checked(run._network, planned, run._profile.units)[index].points)
+                for index in block.units
+            )
+        monkeypatch.setattr(neuroflux, "checked", lambda unit, batch, size: checked(unit, batch, size + 20_000))
+        lower = run.plan()
+    assert lower.blocks != planned.blocks
+    assert min(block.batch_size for block in lower.blocks) < min(block.batch_size for block in planned.blocks)
+
+
+def test_a_point_above_the_line():
+    profile = made((2, 120), (4, 140), (8, 180))
+    above = checked(profile, 6, 200)
+    assert (above.at(6), above.margin) == (pytest.approx(200), pytest.approx(40))
+    assert above.linear
+    assert "MiB added" in str(Profile((above,)))
+    assert checked(profile, 6, 100).margin == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from local_learning.networks import fitted, flux, images, network, values
+from local_learning.networks import fitted, flux, images, network, uncompiled, values
 
 KILLED = """
 import os, signal, sys
@@ -33,8 +33,9 @@ fitted({folder!r}, epochs=3, model=network(dropout=0.2), cache={cache!r})
 """
 POINTS = {
     "in the second epoch of block 0": ("worker", "Worker", "_batch", 9, "always"),
-    "while a cache is written": ("storage", "CacheWriter", "append", 11, "always"),
+    "while a cache is written": ("_cache", "CacheWriter", "append", 11, "always"),
     "after block 1, before the next cache": ("storage", "Storage", "commit", 10, "always"),
+    "in the last block, whose input is computed again": ("worker", "Worker", "_batch", 37, "never"),
 }
 
 
@@ -64,7 +65,8 @@ def test_a_killed_run_goes_on(point, tmp_path, uninterrupted):
     killed(tmp_path, point)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["block"] < 3
-    run = fitted(tmp_path, epochs=3, model=network(seed=5, dropout=0.2), cache="always")  # other values to begin with
+    cache = POINTS[point][-1]
+    run = fitted(tmp_path, epochs=3, model=network(seed=5, dropout=0.2), cache=cache)  # other values to begin with
     assert values(run).keys() == uninterrupted.keys()
     assert all(torch.equal(value, uninterrupted[name]) for name, value in values(run).items())
     assert len(run.exits()) == 3
@@ -135,7 +137,7 @@ def test_what_a_killed_run_left_behind_is_deleted(tmp_path, monkeypatch):
         (tmp_path / name).write_text("")
     (tmp_path / "mine.txt").write_text("")
     fitted(tmp_path, epochs=3, model=network(dropout=0.2), cache="always")
-    names = sorted(file.name for file in tmp_path.iterdir())
+    names = sorted(file.name for file in tmp_path.glob("[!.]*"))
     assert names == ["block_0.pt", "block_1.pt", "block_2.pt", "manifest.json", "mine.txt", "start.pt"]
 
 
@@ -175,7 +177,7 @@ def test_another_network_or_other_data(tmp_path):
         fitted(tmp_path, epochs=1, model=[first, second, torch.nn.Sequential(third, torch.nn.Conv2d(16, 16, 1)), head])
 
 
-@pytest.mark.parametrize("content", ["not JSON", "[]", '{"mine": 1}'])
+@pytest.mark.parametrize("content", ["not JSON", "[]", '{"mine": 1}', '{"settings": 3, "plan": 4, "start": 3}'])
 def test_a_manifest_of_something_else(content, tmp_path):
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(ValueError, match="Use another folder"):
@@ -188,3 +190,20 @@ def test_exit_tolerance_may_change(tmp_path):
     run = fitted(tmp_path, epochs=1, exit_tolerance=0.99)
     assert run._report.chosen.unit == 0
     assert flux(tmp_path)._report is None
+
+
+def test_what_was_killed_while_it_tidied_up_is_tidied(tmp_path):
+    fitted(tmp_path, epochs=1)
+    (tmp_path / "cache_1_train.npy").write_text("")
+    fitted(tmp_path, epochs=1)
+    assert not (tmp_path / "cache_1_train.npy").exists()
+
+
+def test_a_run_that_goes_on_says_so(tmp_path, caplog):
+    fitted(tmp_path, epochs=1)
+    assert not caplog.text
+    run = flux(tmp_path)
+    with uncompiled():
+        run.fit(images(), images(24, 2), 1, progress=False)
+    assert f"going on with the run in {tmp_path}: 3 blocks are done" in caplog.text
+    assert [block.batch_size for block in run.plan().blocks] == [9, 14, 20]

@@ -6,8 +6,9 @@ import pytest
 import torch
 from local_learning.networks import fitted, flux, images, profiled_as, uncompiled
 
+from convbn_compile.local_learning._cache import CacheWriter, cache_bytes, opened
 from convbn_compile.local_learning._choice import Costs, choose
-from convbn_compile.local_learning.storage import CacheWriter, Speed, Storage, checksum, opened
+from convbn_compile.local_learning.storage import Speed, Storage, checksum
 
 
 def costs(**changed):
@@ -18,8 +19,6 @@ def costs(**changed):
         "seconds": 0.01,
         "size": 1000,
         "speed": Speed(write=1e5, read=1e6),
-        "free": 10**9,
-        "augments": False,
         "fits": True,
     }
     return Costs(**{**given, **changed})
@@ -36,8 +35,6 @@ CHOICES = {
     "a cache is faster": ({}, "cache", "2.50 s with a cache of 0.1 MiB, 5.00 s without"),
     "the storage is slow": ({"speed": Speed(1e5, 1e5)}, "recomputed", "7.00 s with a cache"),
     "one epoch": ({"epochs": 1}, "recomputed", "2.10 s with a cache"),
-    "augmented": ({"augments": True, "fits": False}, "recomputed", "images are augmented"),
-    "no space": ({"free": 99_999, "fits": False}, "recomputed", "a cache takes 0.1 MiB, of which 0.1 are free"),
     "no memory": ({"epochs": 1, "fits": False}, "cache", "do not fit into the budget beside this one"),
 }
 
@@ -54,7 +51,7 @@ def test_no_space_is_an_error_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(Storage, "free", 10)
     with pytest.raises(ValueError, match=re.escape("MiB free, and caches take 0.2 MiB.")):
         fitted(tmp_path, cache="always")
-    assert [file.name for file in tmp_path.iterdir()] == []
+    assert [file.name for file in tmp_path.glob("[!.]*")] == []
 
 
 def test_two_caches_count(tmp_path, monkeypatch):
@@ -107,7 +104,41 @@ def test_the_manifest_is_there_whatever_happens(tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("convbn_compile.local_learning.storage._replace", interrupted)
+    monkeypatch.setattr("convbn_compile.local_learning.storage.replace_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         storage.commit({"block": 1}, [])
     assert storage.manifest() == {"block": 0}
+
+
+NOT_OURS = ["checkpoint_best.pt", "labels_train.npy", "cache_features.npy", "block_diagram.pt", "start.txt"]
+
+
+def test_files_of_others_are_kept(tmp_path):
+    for name in NOT_OURS:
+        (tmp_path / name).write_text("mine")
+    fitted(tmp_path, cache="always", epochs=1)
+    assert all((tmp_path / name).read_text() == "mine" for name in NOT_OURS)
+
+
+@pytest.mark.parametrize("name", ["block_0.pt", "checkpoint_1_2.pt", "cache_0_train.npy", "labels_0_val.pt"])
+def test_a_folder_with_files_of_a_run_and_no_manifest(name, tmp_path):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=re.escape(f"has {name}, which a run would replace, and no manifest.json")):
+        fitted(tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_one_run_at_a_time(tmp_path):
+    with Storage(tmp_path).locked(), pytest.raises(ValueError, match="another run uses .* now"):
+        fitted(tmp_path)
+    assert fitted(tmp_path, epochs=1).exits()
+
+
+def test_storage_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be a folder"):
+        fitted(tmp_path / "file")
+
+
+def test_a_cache_of_half_precision_takes_half():
+    assert [cache_bytes(10, (3, 2), dtype) for dtype in (torch.float32, torch.float16)] == [240, 120]

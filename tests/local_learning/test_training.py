@@ -4,6 +4,8 @@ import copy
 import logging
 import math
 import re
+from collections import OrderedDict
+from dataclasses import replace
 from functools import partial
 
 import numpy
@@ -25,7 +27,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
-from convbn_compile.local_learning._local import LocalUnit
+from convbn_compile.local_learning._local import LocalUnit, resident_bytes, seed_of
+from convbn_compile.local_learning._source import Images
 from convbn_compile.local_learning._units import Unit
 from convbn_compile.local_learning.report import Exit, chosen_exit
 from convbn_compile.local_learning.worker import Worker
@@ -45,7 +48,7 @@ def test_it_is_local_learning(tmp_path):
         run.fit(images(), images(24, 2), 2, progress=False)
     assert len(run._plan.blocks) == 1
     for epoch in range(2):
-        torch.manual_seed(epoch)
+        torch.manual_seed(seed_of(0, 0, epoch, 0))
         for step, chosen in enumerate(torch.randperm(IMAGES).split(20)):
             done = (epoch * 3 + step + 0.5) / 6
             lr = 0.1 * min(1, 10 * done) * (1 + math.cos(math.pi * done)) / 2
@@ -100,8 +103,8 @@ def test_a_block_is_compiled_once_for_all_batches(tmp_path, monkeypatch):
 def test_a_cached_run_is_the_recomputed_run(tmp_path):
     """Bit for bit, with the same plan; the weights before count in that of cache="never"."""
     cached, recomputed = flux(tmp_path / "a", cache="always"), flux(tmp_path / "b", cache="never")
-    plan = profiled_as(cached, 9, 14, 20).plan()
-    profiled_as(recomputed, 9, 14, 20)._plan = plan
+    for run in (cached, recomputed):
+        profiled_as(run, 9, 14, 20)
     with uncompiled():
         for run in (cached, recomputed):
             run.fit(images(), images(24, 2), 2, progress=False)
@@ -116,12 +119,14 @@ def test_recomputing_counts_the_weights_before(tmp_path):
     for run in (caching, recomputing):
         profiled_as(run, 9, 14, 20)
     weights = sum(one.nbytes for unit in caching._network.units for one in (*unit.parameters(), *unit.buffers()))
-    for with_cache, without in zip(caching.plan().blocks, recomputing.plan().blocks, strict=False):
+    with uncompiled():
+        plans = [run.plan() for run in (caching, recomputing)]
+    for with_cache, without in zip(*(plan.blocks for plan in plans), strict=False):
         assert without.resident == with_cache.resident + weights
 
 
 def test_a_mutant_of_the_cache_is_seen(tmp_path, monkeypatch):
-    from convbn_compile.local_learning.storage import CacheWriter
+    from convbn_compile.local_learning._cache import CacheWriter
 
     right = fitted(tmp_path / "a", cache="always")
     append = CacheWriter.append
@@ -220,7 +225,7 @@ def test_frozen_parameters_stay(tmp_path):
 
 def test_fewer_images_than_a_batch(tmp_path):
     run = fitted(tmp_path, data=images(7), epochs=1)
-    assert [block.batch_size for block in run._report.blocks] == [7, 7, 7]
+    assert [block.batch_size for block in run._report.blocks] == [7]
 
 
 def test_learning_rates_go_with_the_root_of_the_batch():
@@ -281,7 +286,7 @@ def test_history(tmp_path):
 
 def test_nothing_is_left_of_caches(tmp_path):
     fitted(tmp_path, cache="always", epochs=1)
-    names = sorted(file.name for file in tmp_path.iterdir())
+    names = sorted(file.name for file in tmp_path.glob("[!.]*"))
     assert names == ["block_0.pt", "block_1.pt", "block_2.pt", "manifest.json", "start.pt"]
 
 
@@ -342,3 +347,95 @@ def test_float64(tmp_path):
 def test_labels_of_other_integers(tmp_path):
     x, target = images()[:]
     assert fitted(tmp_path, epochs=1, data=TensorDataset(x, target.to(torch.uint8))).exits()
+
+
+def test_numpy_images(tmp_path):
+    data = [(image.numpy(), int(label)) for image, label in images()]
+    assert not differences(fitted(tmp_path / "a", epochs=1), fitted(tmp_path / "b", epochs=1, data=data))
+
+
+class Flipped(Augmented):
+    def __getitem__(self, index):
+        x, target = images()[index]
+        return x.flip(-1) if torch.rand(()) < 0.5 else x, target
+
+
+def test_random_flips_are_found():
+    assert all(Images(Flipped(), CLASSES).augments for _ in range(20))
+
+
+def test_a_forced_cache_of_augmented_images_is_seeded(tmp_path):
+    first, second = (fitted(tmp_path / str(run), data=Flipped(), cache="always", epochs=1) for run in range(2))
+    assert not differences(first, second)
+
+
+def test_gradients_of_before_do_not_count(tmp_path):
+    modules, fresh = network(), fitted(tmp_path / "a", epochs=1)
+    nn.Sequential(*modules).eval()(images()[:][0]).sum().backward()
+    assert not differences(fresh, fitted(tmp_path / "b", model=modules, epochs=1))
+
+
+def test_all_batches_are_run_by_the_same_kernels(tmp_path):
+    """Written or computed again, with batches that differ and do not divide the images."""
+    runs = [fitted(tmp_path / cache, cache=cache, batches=(7, 19, 20), epochs=1) for cache in ("always", "never")]
+    assert not differences(*runs)
+
+
+def test_recomputing_is_part_of_what_is_measured(tmp_path):
+    run = profiled_as(flux(tmp_path, cache="never"), 9, 14, 20)
+    with uncompiled():
+        report = run.fit(images(), images(24, 2), 1, progress=False)
+    (_, second, _), (_, unit, _) = report.blocks, run._network.units
+    weights = sum(map(resident_bytes, (run._network.units[0].unit, unit)))
+    momentum = sum(parameter.nbytes for parameter in unit.parameters())
+    assert second.measured > weights + momentum + 14 * 4 * 8 * 8 * 8  # its input, beside all that is resident
+
+
+def test_a_block_that_does_not_fit_beside_those_before_it_is_cached(tmp_path, monkeypatch):
+    from convbn_compile.local_learning import _inputs
+
+    seen = []
+    monkeypatch.setattr(_inputs, "choose", lambda costs: seen.append(costs.fits) or ("recomputed", ""))
+    for name, room in (("a", 1.0), ("b", 0.5)):
+        run = profiled_as(flux(tmp_path / name), 9, 14, 20)
+        blocks = [replace(block, predicted=int(room * run.memory_budget)) for block in run._plan.blocks]
+        run._plan = replace(run._plan, blocks=tuple(blocks))
+        with uncompiled():
+            run.fit(images(), images(24, 2), 1, progress=False)
+    assert seen == [False, False, True, True]
+
+
+def test_images_that_cannot_be_cached_and_do_not_fit_are_warned_of(tmp_path, caplog):
+    run = profiled_as(flux(tmp_path, cache="never"), 9, 14, 20)
+    run._plan = replace(run._plan, blocks=tuple(replace(each, predicted=10**6) for each in run._plan.blocks))
+    with uncompiled():
+        run.fit(images(), images(24, 2), 1, progress=False)
+    assert "block 1: with the blocks before it needs more than the budget" in caplog.text
+
+
+def test_a_loss_that_is_not_finite_is_warned_of(tmp_path, caplog):
+    fitted(tmp_path, epochs=1, optimizer=partial(torch.optim.SGD, lr=1e30))
+    assert "unit 0: its loss is nan. Use an optimizer with a lower learning rate." in caplog.text
+
+
+def test_another_profile_forgets_the_run(tmp_path):
+    run = fitted(tmp_path, epochs=1)
+    with uncompiled():
+        run.profile(torch.randn(2, 3, 16, 16), progress=False)
+    with pytest.raises(ValueError, match="There are no exits yet"):
+        run.export()
+
+
+def test_units_that_are_called_as_exits_are(tmp_path):
+    first, second, third, head = network()
+    modules = nn.Sequential(OrderedDict(last=first, best=second, other=third, head=head))
+    run = fitted(tmp_path, model=modules, epochs=1)
+    assert len(run.export("last")) == 4
+    assert len(run.export("other")) == 4
+    assert len(run.export(0)) == 2
+
+
+def test_learning_rates_of_numpy(tmp_path):
+    optimizer = partial(torch.optim.SGD, lr=numpy.float64(0.1))
+    fitted(tmp_path, epochs=1, optimizer=optimizer)
+    assert fitted(tmp_path, epochs=1, optimizer=optimizer).exits()

@@ -101,7 +101,7 @@ def test_shared_parameters_are_refused(tmp_path):
     first, second, third, head = network()
     extra = unit(8, 8)
     extra[0].weight = second[0].weight
-    with pytest.raises(ValueError, match=re.escape("2 and 1 share a parameter, which two local losses would train.")):
+    with pytest.raises(ValueError, match=re.escape("2 and 1 share a parameter, and are not trained at the same time.")):
         flux(tmp_path, [first, second, extra, third, head])
 
 
