@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from convbn_compile._extras import require
-from convbn_compile.local_learning.storage import Storage, checksum, replace_file
+from convbn_compile.local_learning._disk import checksum, replace_file
+from convbn_compile.local_learning.storage import Storage
 
 
 class CacheWriter:

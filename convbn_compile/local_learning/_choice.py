@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from convbn_compile.estimate import MIB
-from convbn_compile.local_learning.storage import Speed
+from convbn_compile.local_learning._disk import Speed
 
 
 @dataclass(frozen=True)

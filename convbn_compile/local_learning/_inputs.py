@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,49 +9,25 @@ from typing import Any
 
 import torch
 
-from convbn_compile._extras import require
 from convbn_compile.estimate import MIB
 from convbn_compile.local_learning._cache import Cache, CacheWriter, cache_bytes
 from convbn_compile.local_learning._choice import Costs, choose
-from convbn_compile.local_learning._local import Optimizer, seeded
+from convbn_compile.local_learning._disk import speed_of
+from convbn_compile.local_learning._local import seeded
 from convbn_compile.local_learning._network import Network
 from convbn_compile.local_learning._source import Images, Source, Through
 from convbn_compile.local_learning._state import Entry, State
+from convbn_compile.local_learning._training import Training, logger
 from convbn_compile.local_learning.partitioner import Plan
 from convbn_compile.local_learning.storage import SPLITS, Storage
 from convbn_compile.local_learning.worker import in_order
 from convbn_compile.measure import allocated_peak
-
-logger = logging.getLogger("convbn_compile.local_learning")
 
 TIMED = 4
 """Batches by which the way to a block's input is timed."""
 
 Bar = Callable[[int, str], Any]
 """From a total and what is done to a progress bar."""
-
-
-@dataclass(frozen=True)
-class Training:
-    """How blocks are trained.
-
-    Attributes:
-        optimizer: makes one for a unit.
-        lr_batch_size: the batch that its learning rate is for.
-        epochs: of each block.
-        seed: of everything random.
-        cache: "auto", "always" or "never".
-        cache_dtype: float32 or float16.
-        device: where blocks are trained.
-    """
-
-    optimizer: Optimizer
-    lr_batch_size: int
-    epochs: int
-    seed: int
-    cache: str
-    cache_dtype: torch.dtype
-    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -125,7 +100,7 @@ class Inputs:
         began, indices = time.perf_counter(), in_order(min(len(source), TIMED * batch), batch)
         timed = sum(len(target) for _, target in source.batches(indices))
         seconds = (time.perf_counter() - began) / timed
-        return choose(Costs(images, self.training.epochs, seconds, size, self.storage.speed(), fits))
+        return choose(Costs(images, self.training.epochs, seconds, size, speed_of(self.storage.folder), fits))
 
     def _no_cache(self, size: int) -> str | None:
         """Why there can be no cache of so many bytes; None if there can."""
@@ -197,9 +172,3 @@ class Inputs:
                 bar.update(len(target))
         named = self.storage.save(f"labels_{number}_{split}.pt", torch.cat(labels))
         return {"rows": writer.close(), "labels": named}
-
-
-def progress_bar(total: int, what: str, *, show: bool, initial: int = 0) -> Any:
-    """On a terminal, if it is to be shown at all."""
-    tqdm = require("tqdm", extra="local-learning").tqdm
-    return tqdm(total=total, desc=what, initial=initial, leave=False, disable=None if show else True)

@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from functools import partial
 
 from convbn_compile.estimate import MIB
-from convbn_compile.local_learning._inputs import Inputs, Training, logger, progress_bar
+from convbn_compile.local_learning._inputs import Inputs
 from convbn_compile.local_learning._local import seeded
 from convbn_compile.local_learning._network import Network
 from convbn_compile.local_learning._source import Images
 from convbn_compile.local_learning._state import State
+from convbn_compile.local_learning._training import Training, logger, progress_bar
 from convbn_compile.local_learning.partitioner import Plan
 from convbn_compile.local_learning.storage import Storage
 from convbn_compile.local_learning.worker import Worker

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
@@ -14,24 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from convbn_compile import _torch
 from convbn_compile._arguments import count, located, num_bytes, one_of, share, shown
 from convbn_compile.local_learning._cache import cache_bytes
-from convbn_compile.local_learning._inputs import Training, logger, progress_bar
+from convbn_compile.local_learning._lines import Profile
 from convbn_compile.local_learning._local import Optimizer, resident_bytes, seeded, sgd
 from convbn_compile.local_learning._network import Network, built
+from convbn_compile.local_learning._planning import measuring, planned
+from convbn_compile.local_learning._reported import reported
 from convbn_compile.local_learning._source import Images, check_dataset
 from convbn_compile.local_learning._state import State
+from convbn_compile.local_learning._training import Training, logger, progress_bar
 from convbn_compile.local_learning._units import units_of
 from convbn_compile.local_learning.controller import Controller
 from convbn_compile.local_learning.partitioner import Block, Partitioner, Plan
-from convbn_compile.local_learning.profiler import Profile, UnitProfile, checked, profiled, steps_of
-from convbn_compile.local_learning.report import Exit, Report, reported
+from convbn_compile.local_learning.profiler import profiled
+from convbn_compile.local_learning.report import Exit, Report
 from convbn_compile.local_learning.storage import Storage
 from convbn_compile.options import Options
-
-CHECKS = 4
-"""How often a plan is made anew because a step took more than its line."""
 
 
 class NeuroFlux:
@@ -150,17 +148,12 @@ class NeuroFlux:
             raise TypeError(f"profile: example must be a tensor of images [N, C, H, W], got {shown(example)}.")
         network = self._build(example)
         budget, found = self.memory_budget * (1.0 - self.margin), []
-        with self._measuring(), progress_bar(len(network.units), "profile", show=progress) as bar:
+        with measuring(self.device, self.seed), progress_bar(len(network.units), "profile", show=progress) as bar:
             for unit, both in zip(network.units, pairwise([network.input_shape, *network.shapes]), strict=True):
                 found.append(profiled(unit, both, self.optimizer, self.device, budget, self.batch_size_limit))
                 bar.update()
         self._profile, self._plan = Profile(tuple(found)), None
         return self._profile
-
-    @contextmanager
-    def _measuring(self) -> Iterator[None]:
-        with seeded(self.device, self.seed), _torch.unlimited_compiles():
-            yield
 
     def plan(self) -> Plan:
         """Group units into blocks, and find each block's batch size, which a step of each unit is run with.
@@ -180,29 +173,9 @@ class NeuroFlux:
         return self._plan
 
     def _planned(self, network: Network, profile: Profile, limit: int) -> Plan:
-        """By the lines, until no step takes more than its line."""
         fixed = sum(map(resident_bytes, network.units)) if self.cache == "never" else 0
         partitioner = Partitioner(self.memory_budget, self.margin, limit, self.similarity, fixed)
-        plan, units = partitioner.plan(profile.units), profile.units
-        for _ in range(CHECKS):
-            before, units = units, self._checked(network, plan, units)
-            if all(old.margin == new.margin for old, new in zip(before, units, strict=True)):
-                break
-            plan = partitioner.plan(units)
-        return plan
-
-    def _checked(self, network: Network, plan: Plan, units: Sequence[UnitProfile]) -> tuple[UnitProfile, ...]:
-        """The lines with points at the batches of a plan."""
-        batches = [block.batch_size for block in plan.blocks for _ in block.units]
-        inputs, found = [network.input_shape, *network.shapes], []
-        with self._measuring():
-            for local, shape, unit, batch in zip(network.units, inputs, units, batches, strict=False):
-                if batch in dict(unit.points):
-                    found.append(unit)
-                    continue
-                with steps_of(local, shape, self.optimizer, self.device) as (_, bytes_at):
-                    found.append(checked(unit, batch, bytes_at(batch)))
-        return tuple(found)
+        return planned(partitioner, network, profile, self.optimizer, self.device, self.seed)
 
     def fit(self, train: Dataset[Any], val: Dataset[Any], epochs: int, *, progress: bool = True) -> Report:
         """Train block after block; in a storage with a run that was killed, what is left of it.

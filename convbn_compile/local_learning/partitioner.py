@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from tabulate import tabulate
 
 from convbn_compile.estimate import MIB
-from convbn_compile.local_learning.profiler import UnitProfile
+from convbn_compile.local_learning._lines import UnitProfile
 
 
 @dataclass(frozen=True)

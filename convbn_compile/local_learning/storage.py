@@ -14,15 +14,12 @@ that was killed left behind.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,7 @@ import torch
 
 from convbn_compile._arguments import shown
 from convbn_compile.estimate import MIB
+from convbn_compile.local_learning._disk import checksum, replace_file
 
 try:
     import fcntl
@@ -42,16 +40,6 @@ OURS = re.compile(
     r"(start\.pt|checkpoint_\d+_\d+\.pt|block_\d+\.pt|(cache|labels)_\d+_(train|val)\.(npy|pt))(\.new)?|probe\.new"
 )
 """Names of the files that the manifest has to name."""
-PROBE = 2**24
-"""Bytes that the speed of the storage is measured with."""
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Of a storage, in bytes a second."""
-
-    write: float
-    read: float
 
 
 class Storage:
@@ -186,40 +174,3 @@ class Storage:
                 f"storage: {self.folder} has {self.free / MIB:.1f} MiB free, and caches take {needed / MIB:.1f} MiB. "
                 'Use a folder with more space, cache_dtype=torch.float16, or cache="never".'
             )
-
-    def speed(self) -> Speed:
-        """As measured with a file that does not stay in memory."""
-        file, content = self.path("probe.new"), os.urandom(PROBE)
-        began = time.perf_counter()
-        with file.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        written = time.perf_counter()
-        file.read_bytes()
-        read = time.perf_counter()
-        file.unlink()
-        return Speed(PROBE / (written - began), PROBE / (read - written))
-
-
-def checksum(file: Path) -> str:
-    """SHA-256."""
-    found = hashlib.sha256()
-    with file.open("rb") as stream:
-        while part := stream.read(2**20):
-            found.update(part)
-    return found.hexdigest()
-
-
-def replace_file(new: Path, old: Path) -> None:
-    """Put a file in place of another, on the disk and not in its buffers only."""
-    with new.open("rb") as stream:
-        os.fsync(stream.fileno())
-    new.replace(old)
-    folder = os.open(old.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from convbn_compile.local_learning import NeuroFlux, Profile
+from convbn_compile.local_learning._lines import UnitProfile
 from convbn_compile.local_learning.partitioner import Partitioner
-from convbn_compile.local_learning.profiler import UnitProfile
 
 CLASSES = 4
 IMAGES = 60

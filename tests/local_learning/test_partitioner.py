@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from convbn_compile.local_learning._lines import UnitProfile
 from convbn_compile.local_learning.partitioner import Partitioner
-from convbn_compile.local_learning.profiler import UnitProfile
 
 
 def unit(name, resident, passing, slope, input_bytes=0):

@@ -9,8 +9,9 @@ import torchvision
 from local_learning.networks import CLASSES, flux, images, uncompiled, values
 from torch import nn
 
-from convbn_compile.local_learning import NeuroFlux, neuroflux
-from convbn_compile.local_learning.profiler import Profile, UnitProfile, _extended, checked, fitted
+from convbn_compile.local_learning import NeuroFlux, _planning
+from convbn_compile.local_learning._lines import Profile, UnitProfile, checked, fitted
+from convbn_compile.local_learning.profiler import _extended
 
 
 def made(*points, resident=0):
@@ -150,12 +151,10 @@ def test_a_plan_is_checked_by_steps(tmp_path, monkeypatch):
     with uncompiled():
         run.profile(images()[:2][0], progress=False)
         planned = run.plan()
+        lines = _planning._checked(planned, run._network, run._profile.units, run.optimizer, run.device)
         for block in planned.blocks:
-            assert all(
-                block.batch_size in dict(run._checked(run._network, planned, run._profile.units)[index].points)
-                for index in block.units
-            )
-        monkeypatch.setattr(neuroflux, "checked", lambda unit, batch, size: checked(unit, batch, size + 20_000))
+            assert all(block.batch_size in dict(lines[index].points) for index in block.units)
+        monkeypatch.setattr(_planning, "checked", lambda unit, batch, size: checked(unit, batch, size + 20_000))
         lower = run.plan()
     assert lower.blocks != planned.blocks
     assert min(block.batch_size for block in lower.blocks) < min(block.batch_size for block in planned.blocks)

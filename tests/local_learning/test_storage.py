@@ -8,7 +8,8 @@ from local_learning.networks import fitted, flux, images, profiled_as, uncompile
 
 from convbn_compile.local_learning._cache import CacheWriter, cache_bytes, opened
 from convbn_compile.local_learning._choice import Costs, choose
-from convbn_compile.local_learning.storage import Speed, Storage, checksum
+from convbn_compile.local_learning._disk import Speed, checksum, speed_of
+from convbn_compile.local_learning.storage import Storage
 
 
 def costs(**changed):
@@ -72,7 +73,7 @@ def test_no_space_is_recomputed(tmp_path, monkeypatch, caplog):
 
 
 def test_speed(tmp_path):
-    found = Storage(tmp_path).speed()
+    found = speed_of(tmp_path)
     assert found.write > 0
     assert found.read > 0
     assert not list(tmp_path.iterdir())

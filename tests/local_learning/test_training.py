@@ -28,9 +28,10 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
 from convbn_compile.local_learning._local import LocalUnit, resident_bytes, seed_of
+from convbn_compile.local_learning._reported import chosen_exit
 from convbn_compile.local_learning._source import Images
 from convbn_compile.local_learning._units import Unit
-from convbn_compile.local_learning.report import Exit, chosen_exit
+from convbn_compile.local_learning.report import Exit
 from convbn_compile.local_learning.worker import Worker
 
 
