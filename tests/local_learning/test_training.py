@@ -66,7 +66,8 @@ def test_it_is_local_learning(tmp_path):
         torch.testing.assert_close(unit.state_dict(), reference.state_dict(), rtol=1e-4, atol=1e-5)
 
 
-def test_compiled_steps_are_eager_steps(tmp_path):
+@pytest.mark.parametrize("lowering", ["aot_eager", "inductor"])
+def test_compiled_steps_are_eager_steps(lowering):
     torch.manual_seed(0)
     unit = (
         LocalUnit(Unit("0", network()[0]), nn.Sequential(nn.Flatten(), nn.Linear(8 * 64, CLASSES)), EAGER)
