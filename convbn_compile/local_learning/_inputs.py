@@ -161,10 +161,10 @@ class Inputs:
         shape = (len(source), *self.network.shapes[block.units[-1]])
         self.storage.check_space(cache_bytes(len(source), shape[1:], dtype))
         writer = CacheWriter(self.storage, f"cache_{number}_{split}.npy", shape, dtype)
-        labels = []
+        labels, drawn = [], [*self.state.cuts, number][0]  # images are drawn for the first cache
         with (
             self.bar(len(source), f"cache of block {number}, {split}") as bar,
-            seeded(self.training.device, self.training.seed, number, SPLITS.index(split)),
+            seeded(self.training.device, self.training.seed, drawn, SPLITS.index(split)),
         ):
             for x, target in source.batches(in_order(len(source), block.batch_size)):
                 writer.append(x)

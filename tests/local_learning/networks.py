@@ -85,9 +85,9 @@ def values(local):
     }
 
 
-def fitted(folder, *, epochs=2, model=None, data=None, batches=(9, 14, 20), double=False, **changed):
+def fitted(folder, *, epochs=2, model=None, data=None, val=None, batches=(9, 14, 20), **changed):
     """A run that is done, in three blocks of one unit each, without compilation."""
     run = profiled_as(flux(folder, model, **changed), *batches)
     with uncompiled():
-        run.fit(data or images(), images(24, 2, double=double), epochs, progress=False)
+        run.fit(data or images(), val or images(24, 2), epochs, progress=False)
     return run

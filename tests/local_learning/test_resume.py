@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from local_learning.networks import fitted, flux, images, network, uncompiled, values
+from torch.utils.data import Dataset
 
 KILLED = """
 import os, signal, sys
@@ -207,3 +208,27 @@ def test_a_run_that_goes_on_says_so(tmp_path, caplog):
         run.fit(images(), images(24, 2), 1, progress=False)
     assert f"going on with the run in {tmp_path}: 3 blocks are done" in caplog.text
     assert [block.batch_size for block in run.plan().blocks] == [9, 14, 20]
+
+
+class Noisy(Dataset):
+    def __len__(self):
+        return 60
+
+    def __getitem__(self, index):
+        x, target = images()[index]
+        return x + torch.randn_like(x), target
+
+
+def test_a_damaged_cache_of_augmented_images(tmp_path, monkeypatch):
+    """Its one draw is drawn again."""
+    changed = {"data": Noisy(), "val": Noisy()}
+    whole = fitted(tmp_path / "whole", epochs=3, model=network(dropout=0.2), cache="always", **changed)
+    stopped(tmp_path / "run", monkeypatch, 2, 1, **changed)
+    for split in ("train", "val"):
+        flipped(tmp_path / "run" / f"cache_1_{split}.npy")
+    run = fitted(tmp_path / "run", epochs=3, model=network(dropout=0.2), cache="always", **changed)
+    assert all(torch.equal(value, values(whole)[name]) for name, value in values(run).items())
+    assert run.exits() == whole.exits()
+    assert [epoch["accuracies"] for epoch in run._report.history] == [
+        epoch["accuracies"] for epoch in whole._report.history
+    ]

@@ -23,6 +23,7 @@ from local_learning.networks import (
     uncompiled,
     values,
 )
+from local_learning.networks import unit as conv_unit
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
@@ -54,11 +55,11 @@ def test_it_is_local_learning(tmp_path):
             done = (epoch * 3 + step + 0.5) / 6
             lr = 0.1 * min(1, 10 * done) * (1 + math.cos(math.pi * done)) / 2
             x, target = images()[chosen]
-            for unit, before in zip(expected, momentum, strict=True):
-                output = unit.unit(x)
-                gradients = torch.autograd.grad(F.cross_entropy(unit.head(output), target), list(unit.parameters()))
+            for local, before in zip(expected, momentum, strict=True):
+                output = local.unit(x)
+                gradients = torch.autograd.grad(F.cross_entropy(local.head(output), target), list(local.parameters()))
                 with torch.no_grad():
-                    for parameter, gradient, velocity in zip(unit.parameters(), gradients, before, strict=True):
+                    for parameter, gradient, velocity in zip(local.parameters(), gradients, before, strict=True):
                         velocity.mul_(0.9).add_(gradient)
                         parameter.sub_(lr * velocity)
                 x = output.detach()
@@ -341,7 +342,9 @@ def test_a_dataset_of_lists_and_numbers(tmp_path):
 
 def test_float64(tmp_path):
     modules = [module.double() for module in network()]
-    run = fitted(tmp_path, model=modules, cache="always", epochs=1, data=images(double=True), double=True)
+    run = fitted(
+        tmp_path, model=modules, cache="always", epochs=1, data=images(double=True), val=images(24, 2, double=True)
+    )
     assert all(value.dtype in (torch.float64, torch.int64) for value in values(run).values())
     assert len(run.exits()) == 3
 
@@ -379,8 +382,36 @@ def test_gradients_of_before_do_not_count(tmp_path):
 
 def test_all_batches_are_run_by_the_same_kernels(tmp_path):
     """Written or computed again, with batches that differ and do not divide the images."""
-    runs = [fitted(tmp_path / cache, cache=cache, batches=(7, 19, 20), epochs=1) for cache in ("always", "never")]
+    runs = []
+    for cache in ("always", "never"):
+        torch.manual_seed(0)
+        classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, CLASSES))
+        modules = [conv_unit(3, 64), conv_unit(64, 64, 2), conv_unit(64, 128, 2), classifier]
+        changed = {"batch_size_limit": 64, "batches": (59, 31, 16), "epochs": 1}
+        runs.append(fitted(tmp_path / cache, model=modules, cache=cache, **changed))
     assert not differences(*runs)
+
+
+class Fetched:
+    """A source that needs much to make little."""
+
+    resident = 4
+
+    def __len__(self):
+        return 4
+
+    def batches(self, indices):
+        for each in indices:
+            torch.zeros(10**6)
+            yield images()[each]
+
+
+def test_computing_a_batch_is_part_of_what_is_measured():
+    local = LocalUnit(Unit("0", network()[0]), nn.Sequential(nn.Flatten(), nn.Linear(8 * 64, CLASSES)), EAGER)
+    worker = Worker([local], partial(torch.optim.SGD, lr=0.1), 2, 128, 1)
+    with uncompiled():
+        worker.epoch(Fetched(), 0, (0,))
+    assert 4 * 10**6 < worker.measured < 5 * 10**6
 
 
 def test_recomputing_is_part_of_what_is_measured(tmp_path):
