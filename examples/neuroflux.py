@@ -181,7 +181,7 @@ def plot(found: dict[str, dict[str, Report]], path: Path) -> None:
             best = list(accumulate((max(each["accuracies"]) for each in report.history), max))
             seconds = [each["seconds"] for each in report.history]
             axes.step([0, *seconds], [0, *best], where="post", label=name)
-        axes.set(xlabel="seconds", ylabel="best accuracy so far", title=network, ylim=(0, 1))
+        axes.set(xlabel="seconds", ylabel="best accuracy so far", title=network, ylim=(0.5, 1))
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
     figure.savefig(path, dpi=150)

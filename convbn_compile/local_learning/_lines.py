@@ -103,7 +103,7 @@ class Profile:
             points = axes.scatter(batches, [size / MIB for _, size in unit.points], s=12)
             color = points.get_facecolor()[0]
             axes.plot(batches, [unit.at(batch) / MIB for batch in batches], color=color, label=unit.name)
-        axes.set(xlabel="batch size", ylabel="MiB at the peak of a step", xscale="log", yscale="log")
+        axes.set(xlabel="batch size", ylabel="MiB at the peak of a step", xlim=(0, None), ylim=(0, None))
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
         figure.savefig(path, dpi=150)
