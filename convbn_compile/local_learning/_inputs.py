@@ -116,7 +116,8 @@ class Inputs:
         block = self.plan.blocks[number]
         first = in_order(min(len(source), block.batch_size), block.batch_size)
         rise = allocated_peak(lambda: [None for _ in source.batches(first)], self.training.device)
-        return max(block.predicted, block.resident + rise) + source.resident <= self.plan.memory_budget
+        before = 0 if self.training.cache == "never" else source.resident  # then the plan has it
+        return max(block.predicted, block.resident + rise) + before <= self.plan.memory_budget
 
     def _row_bytes(self, number: int) -> int:
         return cache_bytes(1, self.network.shapes[self._first_unit(number) - 1], self.training.cache_dtype)

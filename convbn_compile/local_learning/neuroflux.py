@@ -216,7 +216,8 @@ class NeuroFlux:
         network = self._build(example)
         settings, manifest = self._settings(network, epochs, data), storage.manifest()
         if manifest is None:
-            state = self._begin(storage, settings, example, data, progress=progress)
+            profile = self._profile or self.profile(example, progress=progress)
+            state = self._begin(storage, settings, network, profile, data)
         else:
             state = State.read(manifest, settings, storage.folder)
             logger.warning("going on with the run in %s: %d blocks are done", storage.folder, state.block)
@@ -273,11 +274,9 @@ class NeuroFlux:
         return self._network
 
     def _begin(
-        self, storage: Storage, settings: dict[str, Any], example: Tensor, data: dict[str, Images], *, progress: bool
+        self, storage: Storage, settings: dict[str, Any], network: Network, profile: Profile, data: dict[str, Images]
     ) -> State:
         """A new run; what cannot end well does not begin."""
-        network = self._build(example)
-        profile = self._profile or self.profile(example, progress=progress)
         plan = self._plan or self.plan()
         if any(block.batch_size > len(data["train"]) for block in plan.blocks):
             plan = self._planned(network, profile, len(data["train"]))

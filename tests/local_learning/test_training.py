@@ -446,6 +446,16 @@ def test_images_that_cannot_be_cached_and_do_not_fit_are_warned_of(tmp_path, cap
     assert "block 1: with the blocks before it needs more than the budget" in caplog.text
 
 
+def test_weights_before_count_once(tmp_path, caplog):
+    """A plan of cache="never" has them, so that a block that fills it fits."""
+    run = profiled_as(flux(tmp_path, cache="never"), 9, 14, 20)
+    blocks = tuple(replace(block, predicted=run.memory_budget) for block in run._plan.blocks)
+    run._plan = replace(run._plan, blocks=blocks)
+    with uncompiled():
+        run.fit(images(), images(24, 2), 1, progress=False)
+    assert "needs more than the budget" not in caplog.text
+
+
 def test_a_loss_that_is_not_finite_is_warned_of(tmp_path, caplog):
     fitted(tmp_path, epochs=1, optimizer=partial(torch.optim.SGD, lr=1e30))
     assert "unit 0: its loss is nan. Use an optimizer with a lower learning rate." in caplog.text
