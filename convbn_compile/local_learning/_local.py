@@ -108,3 +108,14 @@ def seeded(device: torch.device, *numbers: int) -> Iterator[None]:
 def seed_of(*numbers: int) -> int:
     """Another one for any other numbers."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")
+
+
+@contextmanager
+def keeping_modes(module: nn.Module) -> Iterator[None]:
+    """Whatever train() and eval() do inside, every module is afterwards in the mode that it was in."""
+    modes = {each: each.training for each in module.modules()}
+    try:
+        yield
+    finally:
+        for each, mode in modes.items():
+            each.training = mode

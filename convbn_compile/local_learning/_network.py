@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from convbn_compile.local_learning._heads import auxiliary_head
-from convbn_compile.local_learning._local import LocalUnit, seeded
+from convbn_compile.local_learning._local import LocalUnit, keeping_modes, seeded
 from convbn_compile.local_learning._units import Units
 
 RTOL, ATOL = 1e-4, 1e-5
@@ -76,7 +75,9 @@ def _traced(units: Units, example: Tensor, num_classes: int) -> list[tuple[int, 
     modules = [unit.module for unit in units.units]
     like = next(modules[0].parameters())
     images, shapes = example[:2].to(like.device), []
-    with _in_eval_mode(nn.Sequential(*modules, units.classifier)):
+    whole = nn.Sequential(*modules, units.classifier)
+    with keeping_modes(whole):
+        whole.eval()
         value = images.clone()
         for unit in units.units:
             there = next(unit.module.parameters()).device
@@ -104,21 +105,10 @@ def _naming(name: str, call: Callable[..., Any], *args: Any) -> Any:
 
 
 def _compare(model: nn.Module, images: Tensor, logits: Tensor) -> None:
-    with _in_eval_mode(model):
-        same = torch.allclose(logits, model(images), rtol=RTOL, atol=ATOL)
+    with keeping_modes(model):
+        same = torch.allclose(logits, model.eval()(images), rtol=RTOL, atol=ATOL)
     if not same:
         raise ValueError(
             f"NeuroFlux: {type(model).__name__} computes something else than its units one after the other, so its "
             "forward must be another one than its class has. Give it as a list of modules."
         )
-
-
-@contextmanager
-def _in_eval_mode(module: nn.Module) -> Iterator[None]:
-    modes = {each: each.training for each in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for each, mode in modes.items():
-            each.training = mode

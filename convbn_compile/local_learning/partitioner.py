@@ -21,6 +21,7 @@ from tabulate import tabulate
 
 from convbn_compile.estimate import MIB
 from convbn_compile.local_learning._lines import UnitProfile
+from convbn_compile.local_learning.report import title
 
 
 @dataclass(frozen=True)
@@ -70,15 +71,15 @@ class Plan:
         rows = [
             [
                 index,
-                f"{block.names[0]} to {block.names[-1]}" if len(block.names) > 1 else block.names[0],
+                title(block.names),
                 len(block.names),
                 block.batch_size,
                 f"{block.predicted / MIB:.2f}",
             ]
             for index, block in enumerate(self.blocks)
         ]
-        title = f"{self.memory_budget / MIB:.2f} MiB, of which {100 * self.margin:.0f} % are left free"
-        return title + "\n" + tabulate(rows, headers=("block", "units", "number", "batch size", "MiB predicted"))
+        budget = f"{self.memory_budget / MIB:.2f} MiB, of which {100 * self.margin:.0f} % are left free"
+        return budget + "\n" + tabulate(rows, headers=("block", "units", "number", "batch size", "MiB predicted"))
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from convbn_compile.local_learning._lines import UnitProfile, fitted
-from convbn_compile.local_learning._local import LocalUnit, Optimizer, resident_bytes
+from convbn_compile.local_learning._local import LocalUnit, Optimizer, keeping_modes, resident_bytes
 from convbn_compile.measure import allocated_peak
 
 BATCH_SIZES = (2, 4, 8)
@@ -42,9 +41,8 @@ def steps_of(
         The optimizer, and a function from a batch size to the bytes of a step.
     """
     like = next(local.parameters())
-    before, modes, home = copy.deepcopy(local.state_dict()), _modes(local), like.device
-    local.to(device).train()
-    trains = optimizer(local.trained())
+    before, home = copy.deepcopy(local.state_dict()), like.device
+    trains = optimizer(local.to(device).trained())
 
     def bytes_at(batch: int) -> int:
         x = torch.randn(batch, *shape, device=device, dtype=like.dtype)
@@ -53,18 +51,14 @@ def steps_of(
         return resident + allocated_peak(lambda: local.step(x, target, trains), device)
 
     try:
-        bytes_at(BATCH_SIZES[0])  # compiles, and makes the optimizer's state
-        yield trains, bytes_at
+        with keeping_modes(local):
+            local.train()
+            bytes_at(BATCH_SIZES[0])  # compiles, and makes the optimizer's state
+            yield trains, bytes_at
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"unit {local.name}: a step of training fails: {error}") from error
     finally:
         local.to(home).load_state_dict(before)
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _modes(module: nn.Module) -> dict[nn.Module, bool]:
-    return {each: each.training for each in module.modules()}
 
 
 def profiled(

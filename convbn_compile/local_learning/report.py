@@ -99,7 +99,7 @@ class Report:
         blocks = [
             [
                 index,
-                f"{block.names[0]} to {block.names[-1]}" if len(block.names) > 1 else block.names[0],
+                title(block.names),
                 block.batch_size,
                 f"{block.predicted / MIB:.2f}",
                 f"{block.measured / MIB:.2f}",
@@ -115,6 +115,11 @@ class Report:
             f"{self.peak / MIB:.2f} of {self.memory_budget / MIB:.2f} MiB."
         )
         return "\n\n".join([tabulate(blocks, headers=heads), exits_table(self.exits, self.chosen), conclusion])
+
+
+def title(names: Sequence[str]) -> str:
+    """Of a block, from the names of its units."""
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
 
 
 def exits_table(exits: Sequence[Exit], chosen: Exit) -> str:
