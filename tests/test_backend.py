@@ -46,6 +46,7 @@ def test_every_padding_folds(padding, padding_mode):
     assert_as_eager(pair(nn.Conv2d(4, 8, 3, padding=padding, padding_mode=padding_mode)), double(2, 4, 9, 8), folded=1)
 
 
+@pytest.mark.usefixtures("vectorised")
 def test_inductor_lowering():
     net = nn.Sequential(pair(), pair(nn.ConvTranspose2d(8, 4, 3, groups=2), nn.BatchNorm2d(4)))
     assert_as_eager(net, double(2, 4, 8, 8), folded=2, lowering="inductor")

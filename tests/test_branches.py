@@ -136,6 +136,7 @@ def assert_nothing_but_convolutions_on_the_input(graph):
     assert [user.op for user in grad_input.users] == ["output"]
 
 
+@pytest.mark.usefixtures("vectorised")
 @pytest.mark.parametrize("make", [rep_mixer, lambda: repvgg(channels=32)], ids=["rep_mixer", "repvgg"])
 def test_generated_code(make):
     """Of vectors and two threads, as torch 2.13's of index_add, which writes out of bounds."""

@@ -51,6 +51,7 @@ def test_output_and_every_gradient(name):
     check(make(), shape, folded)
 
 
+@pytest.mark.usefixtures("vectorised")
 def test_output_and_every_gradient_of_inductor():
     """Of the stem of ResNet-18, a block as it is and one with a shortcut."""
     net = torchvision.models.resnet18(weights=None)

@@ -63,6 +63,7 @@ def test_a_mask_is_saved_as_bits(activation):
     assert_as_eager(model, double(2, 3, 8, 8))
 
 
+@pytest.mark.usefixtures("vectorised")
 def test_generated_code():
     assert_as_eager(pooled(nn.ReLU()), double(2, 3, 8, 8), lowering="inductor")
 

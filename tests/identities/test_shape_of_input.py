@@ -80,6 +80,7 @@ def test_an_input_that_is_kept_anyway_is_read():
 WAYS = [("aot_eager", torch.contiguous_format), ("aot_eager", torch.channels_last), ("inductor", torch.channels_last)]
 
 
+@pytest.mark.usefixtures("vectorised")
 @pytest.mark.parametrize(("lowering", "memory_format"), WAYS)
 def test_as_eager(lowering, memory_format):
     x = double(2, 8, 6, 6).to(memory_format=memory_format).detach().requires_grad_()

@@ -51,6 +51,7 @@ def test_backward_reads_the_output(activation):
     assert_as_eager(model, x)
 
 
+@pytest.mark.usefixtures("vectorised")
 @pytest.mark.parametrize("activation", [nn.LeakyReLU(0.1), nn.ELU(0.7)], ids=str)
 def test_generated_code(activation):
     assert_as_eager(net(activation)[:5], double(2, 4, 8, 8), lowering="inductor")
