@@ -729,7 +729,8 @@ def run(function: Callable[[], None]) -> str | None:
 def main(file: str, *names: str) -> None:
     torch._functorch.config.enable_autograd_cache = False
     torch._inductor.config.fx_graph_cache = False
-    gc.set_threshold(10_000, 10, 10)  # as in conftest.py
+    gc.set_threshold(10_000, 10, 10)  # this and the next as in conftest.py
+    torch._inductor.config.cpp.simdlen = 1
     path, printed = Path(file).absolute(), []
     example_given = path.with_suffix(".checkpoints"), printed
     example_runs = run(partial(the_example_runs, *example_given))
