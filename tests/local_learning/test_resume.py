@@ -114,6 +114,25 @@ def test_a_damaged_cache_is_made_again(damage, block, epoch, tmp_path, monkeypat
     assert all(torch.equal(value, uninterrupted[name]) for name, value in values(run).items())
 
 
+def test_damaged_labels_are_made_again(tmp_path, monkeypatch, uninterrupted):
+    stopped(tmp_path, monkeypatch, 1, 1)
+    flipped(tmp_path / "labels_0_train.pt")
+    run = fitted(tmp_path, epochs=3, model=network(dropout=0.2), cache="always")
+    assert all(torch.equal(value, uninterrupted[name]) for name, value in values(run).items())
+
+
+def test_what_is_reported_of_a_run_that_was_stopped(tmp_path, monkeypatch):
+    """What was measured before counts, and so does the time that it took."""
+    stopped(tmp_path, monkeypatch, 1, 1)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["seconds"] = 1000.0
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    report = fitted(tmp_path, epochs=3, model=network(dropout=0.2), cache="always")._report
+    whole = fitted(tmp_path / "whole", epochs=3, model=network(dropout=0.2), cache="always")._report
+    assert [block.measured for block in report.blocks] == [block.measured for block in whole.blocks]
+    assert [block.seconds > 1000.0 for block in report.blocks] == [False, True, False]
+
+
 def test_a_damaged_cache_of_half_precision(tmp_path, monkeypatch):
     """It is made again by way of the caches that there have been, so that it is rounded as it was."""
     half = {"cache_dtype": torch.float16}
@@ -217,6 +236,15 @@ class Noisy(Dataset):
     def __getitem__(self, index):
         x, target = images()[index]
         return x + torch.randn_like(x), target
+
+
+def test_accuracies_of_augmented_images(tmp_path, monkeypatch):
+    """Their draws are those of the epoch, also where a run goes on."""
+    whole = fitted(tmp_path / "whole", epochs=3, model=network(dropout=0.2), cache="always", val=Noisy())
+    stopped(tmp_path / "run", monkeypatch, 0, 2, val=Noisy())
+    run = fitted(tmp_path / "run", epochs=3, model=network(dropout=0.2), cache="always", val=Noisy())
+    found, wanted = ([epoch["accuracies"] for epoch in each._report.history] for each in (run, whole))
+    assert found == wanted
 
 
 def test_a_damaged_cache_of_augmented_images(tmp_path, monkeypatch):

@@ -274,6 +274,12 @@ def test_the_report(tmp_path, caplog):
         assert line in caplog.text
 
 
+def test_throughput_is_that_of_the_exit_beside_the_network(tmp_path, monkeypatch):
+    monkeypatch.setattr("convbn_compile.local_learning._reported._seconds", lambda model, _: float(len(model)))
+    report = fitted(tmp_path, epochs=1, exit_tolerance=0.99)._report
+    assert (report.chosen.unit, report.throughput) == (0, 2.0)  # a unit and its head, beside three and the classifier
+
+
 def test_history(tmp_path):
     report = fitted(tmp_path, epochs=3)._report
     assert [(each["block"], each["epoch"]) for each in report.history] == [(k, e) for k in range(3) for e in range(3)]
