@@ -24,6 +24,7 @@ def kernels(pairs):
     return {name: tune[name] - fused[name] for name in tune}
 
 
+@pytest.mark.usefixtures("vectorised")
 def test_kernels_more_than_those_of_the_fused_network():
     """On a CPU none in forward and one a pair in backward, where convolution_backward comes in between.
 
