@@ -84,7 +84,7 @@ def num_bytes(value: Any) -> int:
         return count(value)
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value.lower())
     bytes_each = UNITS.get(found[2]) if found else None
-    if not found or not bytes_each or float(found[1]) * bytes_each < 1:
+    if not found or not bytes_each or not 1 <= float(found[1]) * bytes_each < float("inf"):
         raise ValueError(f'a number of bytes is needed, such as 2**30, "300MiB" or "2GiB", got {shown(value)}.')
     return int(float(found[1]) * bytes_each)
 

@@ -37,9 +37,18 @@ class CacheWriter:
         self._filled = 0
 
     def append(self, rows: Tensor) -> None:
-        """The next of them, [b, ...]."""
-        end = self._filled + len(rows)
-        self._rows[self._filled : end] = rows.to("cpu", self._dtype).numpy()
+        """The next of them, [b, ...].
+
+        Raises:
+            ValueError: they are out of the range of the cache's dtype.
+        """
+        end, stored = self._filled + len(rows), rows.to("cpu", self._dtype)
+        if stored.isinf().any() and not rows.isinf().any():
+            raise ValueError(
+                f"cache_dtype: {self._name} is to hold {rows.abs().max().item():g}, which is beyond {self._dtype}. "
+                "Begin again with cache_dtype=torch.float32, in another folder."
+            )
+        self._rows[self._filled : end] = stored.numpy()
         self._filled = end
 
     def close(self) -> dict[str, str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROBE = 2**24
-"""Bytes that the speed is measured with."""
+"""Bytes that the speed is measured with, at most."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,10 @@ class Speed:
     read: float
 
 
-def speed_of(folder: Path) -> Speed:
-    """As measured with a file that does not stay in memory."""
-    file, content = folder / "probe.new", os.urandom(PROBE)
+def speed_of(folder: Path, free: int) -> Speed:
+    """As measured with a file that does not stay in memory, and takes half of the free bytes at most."""
+    size = min(PROBE, free // 2)
+    file, content = folder / "probe.new", os.urandom(size)
     began = time.perf_counter()
     with file.open("wb") as stream:
         stream.write(content)
@@ -34,7 +35,7 @@ def speed_of(folder: Path) -> Speed:
     file.read_bytes()
     read = time.perf_counter()
     file.unlink()
-    return Speed(PROBE / (written - began), PROBE / (read - written))
+    return Speed(size / (written - began), size / (read - written))
 
 
 def checksum(file: Path) -> str:

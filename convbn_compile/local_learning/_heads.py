@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from convbn_compile._arguments import count, located
+
 LEAST, MOST = 16, 256
 """Filters."""
 
@@ -40,8 +42,13 @@ def auxiliary_head(shape: tuple[int, ...], num_classes: int, filters: int | None
         From [N, *shape] to logits [N, K].
 
     Raises:
-        ValueError: a shape of neither kind.
+        TypeError: not integers.
+        ValueError: a shape of neither kind, or a number below 1.
     """
+    shape = tuple(located("shape", count, size) for size in shape)
+    located("num_classes", count, num_classes)
+    if filters is not None:
+        located("filters", count, filters)
     if len(shape) == 1:
         return nn.Linear(shape[0], num_classes)
     if len(shape) != 3:

@@ -80,6 +80,7 @@ class Inputs:
         logger.info("block %d: its input is %s: %s", number, "cached" if how == "cache" else how, why)
         self.state.source = how
         if how == "cache":
+            self._place(range(self._first_unit(self.base), self._first_unit(number)))
             self.state.cache = {split: self._written(split, number - 1, self.of(split, number)) for split in SPLITS}
             self.state.cuts.append(number - 1)
         self.storage.commit(self.state.to_dict(), self.state.entries)
@@ -100,7 +101,8 @@ class Inputs:
         began, indices = time.perf_counter(), in_order(min(len(source), TIMED * batch), batch)
         timed = sum(len(target) for _, target in source.batches(indices))
         seconds = (time.perf_counter() - began) / timed
-        return choose(Costs(images, self.training.epochs, seconds, size, speed_of(self.storage.folder), fits))
+        speed = speed_of(self.storage.folder, self.storage.free)
+        return choose(Costs(images, self.training.epochs, seconds, size, speed, fits))
 
     def _no_cache(self, size: int) -> str | None:
         """Why there can be no cache of so many bytes; None if there can."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from convbn_compile import _torch
+from convbn_compile._arguments import shown
 from convbn_compile.local_learning._units import Unit
 
 Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -82,6 +83,27 @@ class LocalUnit(nn.Module):
     def trained(self) -> list[nn.Parameter]:
         """What its optimizer gets."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+
+def optimizer_of(unit: LocalUnit, optimizer: Optimizer) -> torch.optim.Optimizer:
+    """What trains a unit.
+
+    Raises:
+        TypeError: the function returns no optimizer.
+        ValueError: its optimizer needs a closure.
+    """
+    made = optimizer(unit.trained())
+    if not isinstance(made, torch.optim.Optimizer):
+        raise TypeError(f"optimizer: the function has to return an optimizer of torch.optim, got {shown(made)}.")
+    if isinstance(made, torch.optim.LBFGS):
+        raise ValueError("optimizer: LBFGS needs a closure that computes the loss again; use another one.")
+    return made
+
+
+def settings_of(optimizer: torch.optim.Optimizer) -> str:
+    """Its class and the settings of its groups, as text."""
+    groups = [{**group, "params": len(group["params"])} for group in optimizer.param_groups]
+    return f"{type(optimizer).__name__} {groups}"
 
 
 def resident_bytes(module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:

@@ -106,9 +106,10 @@ def _naming(name: str, call: Callable[..., Any], *args: Any) -> Any:
 
 def _compare(model: nn.Module, images: Tensor, logits: Tensor) -> None:
     with keeping_modes(model):
-        same = torch.allclose(logits, model.eval()(images), rtol=RTOL, atol=ATOL)
+        same = torch.allclose(logits, model.eval()(images), rtol=RTOL, atol=ATOL, equal_nan=True)
     if not same:
         raise ValueError(
             f"NeuroFlux: {type(model).__name__} computes something else than its units one after the other, so its "
-            "forward must be another one than its class has. Give it as a list of modules."
+            "forward must be another one than its class has. Give what it calls one after the other as a list of "
+            "modules, the classifier last."
         )

@@ -45,7 +45,8 @@ def reported(network: Network, state: State, plan: Plan, tolerance: float, devic
     like = next(network.units[0].parameters())
     batch = min(THROUGHPUT_BATCH, plan.least_batch)
     images = torch.zeros(batch, *network.input_shape, dtype=like.dtype, device=device)
-    ratio = _seconds(ends[-1], images) / _seconds(ends[chosen.unit], images)
+    shorter = chosen.unit < len(ends) - 1
+    ratio = _seconds(ends[-1], images) / _seconds(ends[chosen.unit], images) if shorter else 1.0
     runs = zip(plan.blocks, state.runs, strict=True)
     blocks = tuple(BlockRun(names=block.names, predicted=block.predicted, **run) for block, run in runs)
     return Report(plan.memory_budget, blocks, exits, tuple(state.history), chosen, sizes[-1], ratio)

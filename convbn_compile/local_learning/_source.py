@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from convbn_compile._arguments import shown
 from convbn_compile.local_learning._local import resident_bytes
@@ -82,7 +82,20 @@ class Images:
 
     def first(self, number: int) -> Tensor:
         """The first images, [n, ...]."""
-        return next(self.batches([torch.arange(min(number, len(self)))]))[0]
+        return self._head(number)[0]
+
+    def labels(self, number: int) -> list[int]:
+        """The first classes."""
+        return [int(each) for each in self._head(number)[1]]
+
+    def _head(self, number: int) -> Batch:
+        try:
+            return next(self.batches([torch.arange(min(number, len(self)))]))
+        except (LookupError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                "The dataset has to be one of pairs that make a batch: an image, as a tensor of the same shape as all "
+                f"others, and its class, as an int; loading the first of it: {type(error).__name__}: {error}"
+            ) from error
 
     @property
     def augments(self) -> bool:
@@ -150,7 +163,8 @@ def check_dataset(name: str, dataset: Any) -> None:
         TypeError: it is no dataset with a length.
         ValueError: it is empty.
     """
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+    iterable = isinstance(dataset, IterableDataset)
+    if iterable or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise TypeError(
             f"{name}: a dataset with a length and items is needed, such as TensorDataset(images, labels), got "
             f"{shown(dataset)}."

@@ -77,8 +77,17 @@ class State:
         state = State(**manifest)
         for name, value in settings.items():
             if state.settings.get(name) != value:
+                which, theirs, ours = _difference(name, state.settings.get(name), value)
                 raise ValueError(
-                    f"storage: {folder} holds a run with {name} = {state.settings.get(name)!r}, here it is {value!r}. "
-                    "Use the same to go on with that run, or another folder for a new one."
+                    f"storage: {folder} holds a run with {which} = {theirs!r}, here it is {ours!r}. Use the same to go "
+                    "on with that run, or another folder for a new one."
                 )
         return state
+
+
+def _difference(name: str, theirs: Any, ours: Any) -> tuple[str, Any, Any]:
+    """Where two values differ: of lists of one length, the first of their items that do."""
+    if isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
+        pairs = enumerate(zip(theirs, ours, strict=True))
+        return next(_difference(f"{name}[{index}]", *pair) for index, pair in pairs if pair[0] != pair[1])
+    return name, theirs, ours

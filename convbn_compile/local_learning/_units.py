@@ -6,8 +6,9 @@ up to the next one, of a ResNet the stem or a residual block.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -15,8 +16,11 @@ from torch import nn
 from convbn_compile._arguments import shown
 from convbn_compile._wrapped import unwrapped
 
-MODAL = (nn.AlphaDropout, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout)
-"""Without parameters or buffers, and another thing in training."""
+MODAL = re.compile("Drop|RReLU|StochasticDepth")
+"""In the names of classes without parameters or buffers that are another thing in training."""
+
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,13 @@ class Units:
                     f"NeuroFlux: unit {unit.name} ({type(unit.module).__name__}) has no parameters, so that its loss "
                     "would train nothing. Put it into one unit with the module before it, in an nn.Sequential."
                 )
+            for norm in unit.module.modules():
+                if isinstance(norm, BATCH_NORMS) and norm.running_mean is None:
+                    raise ValueError(
+                        f"NeuroFlux: unit {unit.name} has a {type(norm).__name__} without running statistics, so that "
+                        "what it makes of an image depends on the images beside it, and is no input to keep. Use "
+                        "track_running_stats=True."
+                    )
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, object]]:
@@ -70,7 +81,7 @@ def _own(module: nn.Module) -> Iterator[tuple[str, object]]:
     for buffer in module.buffers():
         yield "buffer", buffer
     for child in module.modules():
-        if isinstance(child, MODAL):
+        if MODAL.search(type(child).__name__):
             yield type(child).__name__, child
 
 
@@ -79,11 +90,12 @@ def units_of(model: Any) -> Units:
 
     Raises:
         TypeError: it is none of these.
-        ValueError: a model of another class; fewer than two modules; a unit without parameters, or with those of
-            another.
+        ValueError: a model of another class; fewer than two modules; a unit without parameters, with those of another,
+            or with a batch norm that has no running statistics.
     """
     if isinstance(model, nn.Sequential):
-        return _given(list(model.named_children()))
+        named = model.named_modules(remove_duplicate=False)
+        return replace(_given([each for each in named if each[0] and "." not in each[0]]), model=model)
     if isinstance(model, Sequence) and not isinstance(model, (str, bytes)):
         return _given([(str(index), module) for index, module in enumerate(model)])
     if not isinstance(model, nn.Module):

@@ -16,11 +16,11 @@ from torch.utils.data import Dataset
 from convbn_compile._arguments import count, located, num_bytes, one_of, share, shown
 from convbn_compile.local_learning._cache import cache_bytes
 from convbn_compile.local_learning._lines import Profile
-from convbn_compile.local_learning._local import Optimizer, resident_bytes, seeded, sgd
+from convbn_compile.local_learning._local import Optimizer, optimizer_of, resident_bytes, seeded, settings_of, sgd
 from convbn_compile.local_learning._network import Network, built
 from convbn_compile.local_learning._planning import measuring, planned
 from convbn_compile.local_learning._reported import reported
-from convbn_compile.local_learning._source import Images, check_dataset
+from convbn_compile.local_learning._source import READ_TWICE, Images, check_dataset
 from convbn_compile.local_learning._state import State
 from convbn_compile.local_learning._training import Training, logger, progress_bar
 from convbn_compile.local_learning._units import units_of
@@ -117,8 +117,10 @@ class NeuroFlux:
             raise ValueError(f"seed must be an integer of 0 or more, got {shown(seed)}.")
         if not callable(optimizer):
             raise TypeError(f"optimizer must be a function from parameters to an optimizer, got {shown(optimizer)}.")
-        if not isinstance(storage, (str, os.PathLike)):
+        if not isinstance(storage, (str, os.PathLike)) or not os.fspath(storage):
             raise TypeError(f"storage must be the path of a folder, got {shown(storage)}.")
+        if options is not None and not isinstance(options, Mapping):
+            raise TypeError(f'options must be a mapping, such as {{"lowering": "aot_eager"}}, got {shown(options)}.')
         self.seed, self.optimizer, self.storage = seed, optimizer, storage
         self.options = dict(options or {})
         Options.parse("train", self.options)
@@ -146,6 +148,11 @@ class NeuroFlux:
         """
         if not isinstance(example, Tensor):
             raise TypeError(f"profile: example must be a tensor of images [N, C, H, W], got {shown(example)}.")
+        if example.dim() < 2 or len(example) == 0 or example.is_meta:
+            raise ValueError(
+                f"profile: example must have an image at least, [N, C, H, W], got a tensor of shape "
+                f"{list(example.shape)} on {example.device}."
+            )
         network = self._build(example)
         budget, found = self.memory_budget * (1.0 - self.margin), []
         with measuring(self.device, self.seed), progress_bar(len(network.units), "profile", show=progress) as bar:
@@ -216,12 +223,13 @@ class NeuroFlux:
         network = self._build(example)
         settings, manifest = self._settings(network, epochs, data), storage.manifest()
         if manifest is None:
-            profile = self._profile or self.profile(example, progress=progress)
-            state = self._begin(storage, settings, network, profile, data)
+            state = self._begin(storage, settings, network, data, progress=progress)
         else:
             state = State.read(manifest, settings, storage.folder)
             logger.warning("going on with the run in %s: %d blocks are done", storage.folder, state.block)
             storage.tidy(state.entries)
+            if state.block < len(state.plan):
+                self._fitting(network, data, progress=progress)  # code is as the run's if compiled for the same batches
         blocks = tuple(Block(**{**block, "names": tuple(block["names"])}) for block in state.plan)
         self._plan = plan = Plan(blocks, self.memory_budget, self.margin)
         training = Training(
@@ -229,6 +237,8 @@ class NeuroFlux:
         )
         Controller(network, plan, training, data, storage, state, progress=progress).run()
         self._report = reported(network, state, plan, self.exit_tolerance, self.device)
+        if self._units.model is not None:
+            self._units.model.eval()
 
     def exits(self) -> tuple[Exit, ...]:
         """All exits, with accuracy and parameters.
@@ -273,13 +283,19 @@ class NeuroFlux:
             self._network, self._profile, self._plan, self._report = network, None, None, None
         return self._network
 
-    def _begin(
-        self, storage: Storage, settings: dict[str, Any], network: Network, profile: Profile, data: dict[str, Images]
-    ) -> State:
-        """A new run; what cannot end well does not begin."""
+    def _fitting(self, network: Network, data: dict[str, Images], *, progress: bool) -> Plan:
+        """The plan, whose batches the images are enough for."""
+        profile = self._profile or self.profile(data["train"].first(2), progress=progress)
         plan = self._plan or self.plan()
         if any(block.batch_size > len(data["train"]) for block in plan.blocks):
-            plan = self._planned(network, profile, len(data["train"]))
+            return self._planned(network, profile, len(data["train"]))
+        return plan
+
+    def _begin(
+        self, storage: Storage, settings: dict[str, Any], network: Network, data: dict[str, Images], *, progress: bool
+    ) -> State:
+        """A new run; what cannot end well does not begin."""
+        plan = self._fitting(network, data, progress=progress)
         if self.cache == "always":
             images = sum(map(len, data.values()))
             shapes = [network.shapes[block.units[-1]] for block in plan.blocks[:-1]]
@@ -292,9 +308,14 @@ class NeuroFlux:
 
     def _settings(self, network: Network, epochs: int, data: dict[str, Images]) -> dict[str, Any]:
         """What a run that goes on must have in common with the one that began."""
-        optimizer = self.optimizer(network.units[0].trained())
+        like = next(network.units[0].parameters())
         return {
             "units": [[unit.name, *(list(one.shape) for one in unit.parameters())] for unit in network.units],
+            "image": list(network.input_shape),
+            "dtype": str(like.dtype),
+            "head_filters": self.head_filters,
+            "layers": [" ".join(str(unit).split()) for unit in network.units],
+            "options": str(sorted(self.options.items())),
             "num_classes": self.num_classes,
             "memory_budget": self.memory_budget,
             "batch_size_limit": self.batch_size_limit,
@@ -302,16 +323,19 @@ class NeuroFlux:
             "margin": self.margin,
             "cache": self.cache,
             "cache_dtype": str(self.cache_dtype),
-            "optimizer": f"{type(optimizer).__name__} {optimizer.defaults}",
+            "optimizer": settings_of(optimizer_of(network.units[0], self.optimizer)),
             "lr_batch_size": self.lr_batch_size,
             "seed": self.seed,
             "epochs": epochs,
             "images": [len(one) for one in data.values()],
+            "labels": [one.labels(READ_TWICE) for one in data.values()],
         }
 
 
 def _device(given: Any) -> torch.device:
     try:
-        return torch.device(given)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f'device must be a device of torch, such as "cuda:0", got {shown(given)}.') from error
+        probe = torch.zeros(1, device=given)
+        probe.cpu()
+        return probe.device
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
+        raise ValueError(f'device must be one that is there, such as "cuda:0", got {shown(given)}: {error}') from error

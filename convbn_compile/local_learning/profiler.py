@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 
 from convbn_compile.local_learning._lines import UnitProfile, fitted
-from convbn_compile.local_learning._local import LocalUnit, Optimizer, keeping_modes, resident_bytes
+from convbn_compile.local_learning._local import LocalUnit, Optimizer, keeping_modes, optimizer_of, resident_bytes
 from convbn_compile.measure import allocated_peak
 
 BATCH_SIZES = (2, 4, 8)
@@ -42,7 +42,7 @@ def steps_of(
     """
     like = next(local.parameters())
     before, home = copy.deepcopy(local.state_dict()), like.device
-    trains = optimizer(local.to(device).trained())
+    trains = optimizer_of(local.to(device), optimizer)
 
     def bytes_at(batch: int) -> int:
         x = torch.randn(batch, *shape, device=device, dtype=like.dtype)

@@ -51,6 +51,7 @@ class Storage:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
+        self._used = False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -63,6 +64,7 @@ class Storage:
         Raises:
             ValueError: another run uses the folder.
         """
+        self._used = self.path(".lock").exists()
         with self.path(".lock").open("w") as file:
             if fcntl is not None:
                 try:
@@ -121,7 +123,8 @@ class Storage:
 
     def _check_new(self) -> None:
         """A run that was killed before its first manifest leaves its beginning at most; the rest is somebody's."""
-        theirs = sorted(file.name for file in self._files() if not file.name.startswith(("start.", "probe.")))
+        beginning = ("start.", "probe.") if self._used else ()
+        theirs = sorted(file.name for file in self._files() if not file.name.startswith(beginning))
         if theirs:
             raise ValueError(
                 f"storage: {self.folder} has {theirs[0]}, which a run would replace, and no {MANIFEST}. Use another "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from convbn_compile import _torch
-from convbn_compile.local_learning._local import LocalUnit, Optimizer, resident_bytes, seeded
+from convbn_compile.local_learning._local import LocalUnit, Optimizer, optimizer_of, resident_bytes, seeded
 from convbn_compile.local_learning._source import Source
 from convbn_compile.measure import allocated_peak
 
@@ -41,7 +41,7 @@ class Worker:
         self.units, self.batch_size, self.epochs = units, batch_size, epochs
         for unit in units:
             unit.zero_grad()  # of whatever was before
-        self.optimizers = [optimizer(unit.trained()) for unit in units]
+        self.optimizers = [optimizer_of(unit, optimizer) for unit in units]
         scale = math.sqrt(batch_size / lr_batch_size)
         self._lr = [[float(scale * group["lr"]) for group in each.param_groups] for each in self.optimizers]
         self.measured = 0
@@ -120,7 +120,7 @@ class Worker:
         """What a killed run goes on from."""
         return {
             "units": [unit.state_dict() for unit in self.units],
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizers": [_plain(optimizer.state_dict()) for optimizer in self.optimizers],
             "measured": self.measured,
         }
 
@@ -131,6 +131,16 @@ class Worker:
         for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(values)
         self.measured = state["measured"]
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state with the numbers of its groups as Python's, which are read as data, unlike NumPy's."""
+    groups = [{key: _number(value) for key, value in group.items()} for group in state["param_groups"]]
+    return {**state, "param_groups": groups}
+
+
+def _number(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") and not isinstance(value, Tensor) else value
 
 
 def shuffled(number: int, batch_size: int) -> list[Tensor]:

@@ -40,6 +40,12 @@ def test_adaptive_heads_save_little():
     assert adaptive < x.nbytes
 
 
+@pytest.mark.parametrize("arguments", [((8, 8, 8), 0), ((8, 8, 8), 4, 0), ((0, 8, 8), 4), ((8.0, 8, 8), 4), ("888", 4)])
+def test_numbers_that_no_head_has(arguments):
+    with pytest.raises((TypeError, ValueError), match="an integer of 1 or more is needed"):
+        auxiliary_head(*arguments)
+
+
 def test_a_shape_that_no_head_fits():
     with pytest.raises(ValueError, match=re.escape("needs features of shape [C, H, W] or [C], got [3, 4].")):
         auxiliary_head((3, 4), 10)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from local_learning.networks import flux, images, network, uncompiled, unit
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
+from torchvision.ops import StochasticDepth
 
 from convbn_compile._arguments import num_bytes
 
@@ -41,18 +42,43 @@ BAD = {
     "lr_batch_size": (0, ValueError, "lr_batch_size: an integer of 1 or more is needed"),
     "seed": (-1, ValueError, "seed must be an integer of 0 or more, got -1 (int)."),
     "options": ({"lowring": "x"}, ValueError, "lowring"),
+    "storage": ("", TypeError, "storage must be the path of a folder, got '' (str)."),
+}
+ALSO_BAD = {
+    "options": ("fast", TypeError, 'options must be a mapping, such as {"lowering": "aot_eager"}, got \'fast\' (str).'),
+    "memory_budget": ("9" * 400, ValueError, "memory_budget: a number of bytes is needed"),
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_arguments(name, tmp_path):
-
+@pytest.mark.parametrize(("name", "bad"), [*BAD.items(), *ALSO_BAD.items()])
+def test_arguments(name, bad, tmp_path):
     from convbn_compile.local_learning import NeuroFlux
 
-    value, error, message = BAD[name]
-    arguments = {"num_classes": 4, "memory_budget": 10**6, name: value}
+    value, error, message = bad
+    arguments = {"num_classes": 4, "memory_budget": 10**6, "storage": tmp_path, name: value}
     with pytest.raises(error, match=re.escape(message)):
-        NeuroFlux(network(), storage=tmp_path, **arguments)
+        NeuroFlux(network(), **arguments)
+
+
+@pytest.mark.parametrize(
+    "example", [torch.tensor(1.0), torch.randn(0, 3, 8, 8), torch.randn(2, 3, 8, 8, device="meta")]
+)
+def test_examples_without_an_image(example, tmp_path):
+    with pytest.raises(ValueError, match="example must have an image at least"):
+        flux(tmp_path).profile(example)
+
+
+OPTIMIZERS = {
+    "none": (lambda _: None, TypeError, "the function has to return an optimizer of torch.optim, got None (NoneType)."),
+    "LBFGS": (torch.optim.LBFGS, ValueError, "optimizer: LBFGS needs a closure"),
+}
+
+
+@pytest.mark.parametrize("case", OPTIMIZERS)
+def test_optimizers(case, tmp_path):
+    optimizer, error, message = OPTIMIZERS[case]
+    with pytest.raises(error, match=re.escape(message)):
+        flux(tmp_path, optimizer=optimizer).fit(images(), images(24, 2), 1)
 
 
 @pytest.mark.parametrize("budget", ["300 apples", "MiB", "-3MiB", "0MiB", "1.2.3MiB", ""])
@@ -97,10 +123,26 @@ def labelled(low, high):
     return TensorDataset(x, target.clamp(low, high))
 
 
+class Iterable(IterableDataset):
+    def __len__(self):
+        return 8
+
+    def __iter__(self):
+        return iter(())
+
+
 DATA = {
     "no dataset": (3, TypeError, "train: a dataset with a length and items is needed"),
     "an iterator": (iter([]), TypeError, "train: a dataset with a length and items is needed"),
     "empty": ([], ValueError, "train: the dataset is empty."),
+    "an iterable one": (Iterable(), TypeError, "train: a dataset with a length and items is needed"),
+    "a mapping": ({"a": 1}, ValueError, "loading the first of it: KeyError: 0"),
+    "of other things": ([("image", 0)] * 8, ValueError, "The dataset has to be one of pairs"),
+    "of images of two sizes": (
+        [(torch.randn(3, 8, 8 + index), 0) for index in range(8)],
+        ValueError,
+        "an image, as a tensor of the same shape as all others",
+    ),
     "no pairs": (TensorDataset(torch.randn(8, 3, 8, 8)), ValueError, "The dataset has to be one of pairs"),
     "a class too many": (
         TensorDataset(torch.randn(8, 3, 8, 8), torch.arange(8)),
@@ -168,14 +210,21 @@ def test_nothing_to_train(tmp_path):
 
 
 def test_a_device_that_is_none(tmp_path):
-    with pytest.raises(ValueError, match="device must be a device of torch, such as"):
-        flux(tmp_path, device="gpu")
+    for device in ("gpu", "meta"):
+        with pytest.raises(ValueError, match=f"device must be one that is there, such as \"cuda:0\", got '{device}'"):
+            flux(tmp_path, device=device)
 
 
-@pytest.mark.parametrize(
-    ("shared", "what"),
-    [(nn.Dropout(0.5), "Dropout"), (nn.BatchNorm2d(8, affine=False), "buffer"), (nn.ReLU(), None)],
-)
+SHARED = [
+    (nn.Dropout(0.5), "Dropout"),
+    (nn.RReLU(), "RReLU"),
+    (StochasticDepth(0.5, "row"), "StochasticDepth"),
+    (nn.BatchNorm2d(8, affine=False), "buffer"),
+    (nn.ReLU(), None),
+]
+
+
+@pytest.mark.parametrize(("shared", "what"), SHARED)
 def test_modules_of_two_units(shared, what, tmp_path):
     first, second, third, head = network()
     modules = [nn.Sequential(first, shared), nn.Sequential(second, shared), third, head]

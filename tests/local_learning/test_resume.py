@@ -6,12 +6,16 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from local_learning.networks import fitted, flux, images, network, uncompiled, values
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
+
+from convbn_compile.local_learning import neuroflux
 
 KILLED = """
 import os, signal, sys
@@ -169,12 +173,39 @@ def test_a_run_that_is_done_is_loaded(tmp_path):
     assert again._report.blocks == first._report.blocks
 
 
+def with_groups(parameters):
+    first, *others = parameters
+    return torch.optim.SGD([{"params": [first], "lr": 9.0}, {"params": others}], 0.05, 0.9, weight_decay=5e-4)
+
+
+def strided():
+    """With parameters of the same shapes."""
+    modules = network()
+    modules[1][0].stride = (1, 1)
+    return modules
+
+
+def larger(number):
+    return TensorDataset(torch.randn(number, 3, 16, 16), torch.arange(number) % 4)
+
+
+DOUBLE = images(double=True)
 DIFFERENT = {
     "epochs": ({}, 2, "holds a run with epochs = 1, here it is 2."),
     "seed": ({"seed": 3}, 1, "holds a run with seed = 0, here it is 3."),
     "memory_budget": ({"memory_budget": 10**6}, 1, "holds a run with memory_budget = 200000, here it is 1000000."),
-    "optimizer": ({"optimizer": torch.optim.Adam}, 1, 'holds a run with optimizer = "SGD {'),
+    "optimizer": ({"optimizer": torch.optim.Adam}, 1, "holds a run with optimizer = \"SGD [{'params': 8, 'lr': 0.05, "),
     "cache_dtype": ({"cache_dtype": torch.float16}, 1, "here it is 'torch.float16'."),
+    "a group of the optimizer": ({"optimizer": with_groups}, 1, 'holds a run with optimizer = "SGD ['),
+    "head_filters": ({"head_filters": 16}, 1, "holds a run with head_filters = None, here it is 16."),
+    "options": ({"options": {"lowering": "inductor"}}, 1, "holds a run with options = "),
+    "strides": ({"model": strided()}, 1, "holds a run with layers[1] = "),
+    "sizes": ({"data": larger(60), "val": larger(24)}, 1, "holds a run with image[1] = 8, here it is 16."),
+    "dtype": (
+        {"model": [module.double() for module in network()], "data": DOUBLE, "val": DOUBLE},
+        1,
+        "holds a run with dtype = 'torch.float32', here it is 'torch.float64'.",
+    ),
 }
 
 
@@ -190,10 +221,13 @@ def test_a_run_with_other_settings(case, tmp_path_factory):
 
 def test_another_network_or_other_data(tmp_path):
     fitted(tmp_path, epochs=1)
-    with pytest.raises(ValueError, match="holds a run with images = "):
+    with pytest.raises(ValueError, match=re.escape("holds a run with images[0] = 60, here it is 40.")):
         fitted(tmp_path, epochs=1, data=images(40))
+    pixels, labels = images()[:]
+    with pytest.raises(ValueError, match=re.escape("holds a run with labels[0][0] = 0, here it is 1.")):
+        fitted(tmp_path, epochs=1, data=TensorDataset(pixels, (labels + 1) % 4))
     first, second, third, head = network()
-    with pytest.raises(ValueError, match="holds a run with units = "):
+    with pytest.raises(ValueError, match=re.escape("holds a run with units[2] = ")):
         fitted(tmp_path, epochs=1, model=[first, second, torch.nn.Sequential(third, torch.nn.Conv2d(16, 16, 1)), head])
 
 
@@ -203,6 +237,28 @@ def test_a_manifest_of_something_else(content, tmp_path):
     with pytest.raises(ValueError, match="Use another folder"):
         fitted(tmp_path, epochs=1)
     assert (tmp_path / "manifest.json").read_text() == content
+
+
+def test_settings_of_numpy(tmp_path, monkeypatch):
+    """What a checkpoint has of them is read as data."""
+    optimizer = partial(torch.optim.SGD, lr=numpy.float64(0.05), momentum=0.9, weight_decay=numpy.float32(5e-4))
+    stopped(tmp_path, monkeypatch, 1, 1, optimizer=optimizer)
+    assert fitted(tmp_path, epochs=3, model=network(dropout=0.2), cache="always", optimizer=optimizer).exits()
+
+
+def test_a_run_that_goes_on_is_compiled_as_it_was(tmp_path, monkeypatch):
+    """By the same steps, since generated code may depend on the batches that it was made for."""
+    seen, profiled = [], neuroflux.profiled
+    monkeypatch.setattr(neuroflux, "profiled", lambda *args: seen.append(args[0].name) or profiled(*args))
+    with uncompiled():
+        stopped(tmp_path, monkeypatch, 1, 1)
+        assert not seen
+        run = flux(tmp_path, network(dropout=0.2), cache="always")
+        run.fit(images(), images(24, 2), 3, progress=False)
+        assert seen == ["0", "1", "2"]
+        flux(tmp_path, network(dropout=0.2), cache="always").fit(images(), images(24, 2), 3, progress=False)
+        assert seen == ["0", "1", "2"]
+    assert [block.batch_size for block in run._report.blocks] == [9, 14, 20]
 
 
 def test_exit_tolerance_may_change(tmp_path):

@@ -1,5 +1,6 @@
 """Storage: the choice between caching and computing again, free space, speed, files."""
 
+import os
 import re
 
 import pytest
@@ -72,8 +73,12 @@ def test_no_space_is_recomputed(tmp_path, monkeypatch, caplog):
     assert "are free" in caplog.text
 
 
-def test_speed(tmp_path):
-    found = speed_of(tmp_path)
+@pytest.mark.parametrize("free", [2**40, 2**20])
+def test_speed(free, tmp_path, monkeypatch):
+    sizes, urandom = [], os.urandom
+    monkeypatch.setattr(os, "urandom", lambda size: sizes.append(size) or urandom(size))
+    found = speed_of(tmp_path, free)
+    assert sizes == [min(2**24, free // 2)]
     assert found.write > 0
     assert found.read > 0
     assert not list(tmp_path.iterdir())
@@ -89,6 +94,21 @@ def test_rows(dtype, tmp_path):
     entry = writer.close()
     assert entry == {"file": "cache_0_train.npy", "sha256": checksum(storage.path("cache_0_train.npy"))}
     assert torch.equal(torch.from_numpy(opened(storage.path("cache_0_train.npy")).copy()), rows.to(dtype))
+
+
+def test_values_beyond_a_cache(tmp_path):
+    writer = CacheWriter(Storage(tmp_path), "cache_0_train.npy", (2, 3), torch.float16)
+    writer.append(torch.full((1, 3), 6e4))
+    message = "cache_dtype: cache_0_train.npy is to hold 70000, which is beyond torch.float16."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        writer.append(torch.full((1, 3), 7e4))
+
+
+def test_a_start_of_somebody_else(tmp_path):
+    (tmp_path / "start.pt").write_text("mine")
+    with pytest.raises(ValueError, match=re.escape("has start.pt, which a run would replace")):
+        fitted(tmp_path, epochs=1)
+    assert (tmp_path / "start.pt").read_text() == "mine"
 
 
 def test_a_cache_that_is_not_full(tmp_path):

@@ -280,6 +280,27 @@ def test_throughput_is_that_of_the_exit_beside_the_network(tmp_path, monkeypatch
     assert (report.chosen.unit, report.throughput) == (0, 2.0)  # a unit and its head, beside three and the classifier
 
 
+def test_the_whole_network_is_as_fast_as_itself(tmp_path):
+    model = [nn.Sequential(*network()[:3]), network()[3]]
+    run = profiled_as(flux(tmp_path, model), 20)
+    with uncompiled():
+        assert run.fit(images(), images(24, 2), 1, progress=False).throughput == 1.0
+
+
+class Dropping(nn.Sequential):
+    """As models of timm drop: by their own mode, by a function."""
+
+    def forward(self, x):
+        return F.dropout(super().forward(x), 0.5, self.training)
+
+
+def test_the_network_itself_is_in_eval_mode(tmp_path):
+    run = fitted(tmp_path, model=Dropping(*network()), epochs=1)
+    model, x = run._units.model, images()[:][0]
+    with torch.no_grad():
+        assert torch.equal(model(x), run.export("last")(x))
+
+
 def test_history(tmp_path):
     report = fitted(tmp_path, epochs=3)._report
     assert [(each["block"], each["epoch"]) for each in report.history] == [(k, e) for k in range(3) for e in range(3)]

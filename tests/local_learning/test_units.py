@@ -64,6 +64,30 @@ def test_a_model_whose_forward_is_its_own_is_refused():
         built(units_of(model), torch.randn(2, 3, 64, 64), 10, None, {}, 0)
 
 
+class Skipping(nn.Sequential):
+    def forward(self, x):
+        return self[2](self[0](x) + self[1](self[0](x)))
+
+
+def test_a_sequential_with_another_forward(tmp_path):
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    run = flux(tmp_path, Skipping(unit(3, 8), unit(8, 8), head))
+    with pytest.raises(ValueError, match="Skipping computes something else than its units one after the other"):
+        run.profile(torch.randn(2, 3, 8, 8))
+
+
+def test_a_module_that_a_sequential_has_twice(tmp_path):
+    twice = unit(8, 8)
+    with pytest.raises(ValueError, match="2 and 1 share a parameter"):
+        flux(tmp_path, nn.Sequential(unit(3, 8), twice, twice, nn.Flatten()))
+
+
+def test_images_that_are_no_numbers():
+    """They say nothing about the units."""
+    model = torchvision.models.resnet18(num_classes=4)
+    assert built(units_of(model), torch.full((2, 3, 64, 64), torch.nan), 4, None, {}, 0).units
+
+
 def test_building_leaves_modes_as_they_are(tmp_path):
     model = torchvision.models.resnet18(num_classes=4).train()
     model.layer2.eval()
@@ -86,6 +110,11 @@ WRONG = {
         [unit(3, 8), nn.MaxPool2d(2), nn.Flatten()],
         ValueError,
         "unit 1 (MaxPool2d) has no parameters, so that its loss would train nothing.",
+    ),
+    "batch statistics": (
+        [nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, track_running_stats=False)), nn.Flatten()],
+        ValueError,
+        "unit 0 has a BatchNorm2d without running statistics",
     ),
 }
 
