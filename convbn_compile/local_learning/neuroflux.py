@@ -61,7 +61,7 @@ class NeuroFlux:
         cache_dtype: torch.float32, or torch.float16 for half the space.
         optimizer: from parameters to an optimizer, one for each unit; by default SGD with lr=0.05, momentum=0.9 and
             weight_decay=5e-4.
-        lr_batch_size: the batch that the optimizer's learning rate is for; other batches get it in proportion.
+        lr_batch_size: the batch that the optimizer's learning rate is for; that of others goes with the batch's root.
         seed: of heads, order and dropout.
         device: where blocks are trained, one at a time; by default where the model is.
         options: of torch.compile(backend="convbn_tune"), such as {"lowering": "aot_eager"}.
