@@ -100,6 +100,7 @@ def test_bytes_are_those_of_a_step(tmp_path):
 def test_nothing_is_changed(tmp_path):
     run, state = flux(tmp_path), torch.get_rng_state()
     run._build(images()[:2][0])
+    run._network.units[1].eval()
     before, modes = values(run), [module.training for unit in run._network.units for module in unit.modules()]
     with uncompiled():
         run.profile(images()[:2][0], progress=False)

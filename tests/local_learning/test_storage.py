@@ -2,11 +2,13 @@
 
 import os
 import re
+import time
 
 import pytest
 import torch
 from local_learning.networks import fitted, flux, images, profiled_as, uncompiled
 
+from convbn_compile.local_learning import _inputs
 from convbn_compile.local_learning._cache import CacheWriter, cache_bytes, opened
 from convbn_compile.local_learning._choice import Costs, choose
 from convbn_compile.local_learning._disk import Speed, checksum, speed_of
@@ -84,6 +86,20 @@ def test_speed(free, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_speed_of_either_way(tmp_path, monkeypatch):
+    times = iter([10.0, 12.0, 13.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(times))
+    assert speed_of(tmp_path, 2048) == Speed(write=512.0, read=1024.0)
+
+
+def test_all_images_count(tmp_path, monkeypatch):
+    """Those of both datasets are in a cache."""
+    seen = []
+    monkeypatch.setattr(_inputs, "choose", lambda costs: seen.append(costs.images) or choose(costs))
+    fitted(tmp_path, epochs=1)
+    assert seen == [84, 84]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_rows(dtype, tmp_path):
     storage, rows = Storage(tmp_path / "new" / "folder"), torch.randn(10, 3, 2)
@@ -94,6 +110,13 @@ def test_rows(dtype, tmp_path):
     entry = writer.close()
     assert entry == {"file": "cache_0_train.npy", "sha256": checksum(storage.path("cache_0_train.npy"))}
     assert torch.equal(torch.from_numpy(opened(storage.path("cache_0_train.npy")).copy()), rows.to(dtype))
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="not on this system")
+def test_the_space_of_a_cache_is_taken_at_first(tmp_path):
+    """A file of holes has its size and no blocks."""
+    CacheWriter(Storage(tmp_path), "cache_0_train.npy", (2**10, 2**10), torch.float32)
+    assert (tmp_path / "cache_0_train.npy.new").stat().st_blocks * 512 >= 2**22
 
 
 def test_values_beyond_a_cache(tmp_path):

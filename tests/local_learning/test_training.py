@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 import re
+import time
 from collections import OrderedDict
 from dataclasses import replace
 from functools import partial
@@ -299,6 +300,27 @@ def test_the_network_itself_is_in_eval_mode(tmp_path):
     model, x = run._units.model, images()[:][0]
     with torch.no_grad():
         assert torch.equal(model(x), run.export("last")(x))
+
+
+def test_steps_are_compiled_with_batch_statistics(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "convbn_compile._torch.compile_for_any_batch", lambda function, **settings: asked.append(settings) or function
+    )
+    flux(tmp_path, options={**EAGER, "memory_budget": 0.5}).profile(images()[:2][0], progress=False)
+    options = {**EAGER, "memory_budget": 0.5, "mode": "train"}
+    assert asked == [{"backend": "convbn_tune", "options": options}] * 3
+
+
+def test_seconds_of_blocks_are_their_own(tmp_path):
+    began = time.perf_counter()
+    report = fitted(tmp_path, epochs=3)._report
+    assert 0 < sum(block.seconds for block in report.blocks) <= time.perf_counter() - began
+
+
+def test_above_the_budget_is_told(tmp_path, caplog):
+    fitted(tmp_path, epochs=1, memory_budget=100_000)
+    assert re.search(r"block 0 took 0\.\d\d MiB, above the budget of 0\.10", caplog.text)
 
 
 def test_history(tmp_path):
