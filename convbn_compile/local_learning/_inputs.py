@@ -75,12 +75,11 @@ class Inputs:
 
     def choose(self, number: int) -> None:
         """Decide how a block gets its input, write its cache if it has one, and commit."""
-        self.place(number)
+        self._place(range(self._first_unit(self.base), self._first_unit(number)))
         how, why = self._choice(number)
         logger.info("block %d: its input is %s: %s", number, "cached" if how == "cache" else how, why)
         self.state.source = how
         if how == "cache":
-            self._place(range(self._first_unit(self.base), self._first_unit(number)))
             self.state.cache = {split: self._written(split, number - 1, self.of(split, number)) for split in SPLITS}
             self.state.cuts.append(number - 1)
         self.storage.commit(self.state.to_dict(), self.state.entries)

@@ -56,10 +56,12 @@ def reported(network: Network, state: State, plan: Plan, tolerance: float, devic
 def _seconds(model: nn.Module, images: Tensor) -> float:
     """Of a call, the fastest of five; the model is on the images' device meanwhile."""
     found, home = [], next(model.parameters()).device
-    model.to(images.device)
-    for _ in range(5):
-        began = time.perf_counter()
-        model(images).sum().item()
-        found.append(time.perf_counter() - began)
-    model.to(home)
+    try:
+        model.to(images.device)
+        for _ in range(5):
+            began = time.perf_counter()
+            model(images).sum().item()
+            found.append(time.perf_counter() - began)
+    finally:
+        model.to(home)
     return min(found)

@@ -334,8 +334,9 @@ class NeuroFlux:
 
 def _device(given: Any) -> torch.device:
     try:
-        probe = torch.zeros(1, device=given)
-        probe.cpu()
-        return probe.device
-    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
+        device = torch.zeros(1, device=given).device
+    except (AssertionError, RuntimeError, TypeError) as error:
         raise ValueError(f'device must be one that is there, such as "cuda:0", got {shown(given)}: {error}') from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be a CPU or a CUDA device, whose bytes can be told, got {shown(given)}.")
+    return device

@@ -65,7 +65,7 @@ class Storage:
             ValueError: another run uses the folder.
         """
         self._used = self.path(".lock").exists()
-        with self.path(".lock").open("w") as file:
+        with self.path(".lock").open("a") as file:
             if fcntl is not None:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

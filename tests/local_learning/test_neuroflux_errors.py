@@ -210,9 +210,10 @@ def test_nothing_to_train(tmp_path):
 
 
 def test_a_device_that_is_none(tmp_path):
-    for device in ("gpu", "meta"):
-        with pytest.raises(ValueError, match=f"device must be one that is there, such as \"cuda:0\", got '{device}'"):
-            flux(tmp_path, device=device)
+    with pytest.raises(ValueError, match="device must be one that is there, such as \"cuda:0\", got 'gpu'"):
+        flux(tmp_path, device="gpu")
+    with pytest.raises(ValueError, match="device must be a CPU or a CUDA device, whose bytes can be told, got 'meta'"):
+        flux(tmp_path, device="meta")
 
 
 SHARED = [
