@@ -119,6 +119,16 @@ def test_the_space_of_a_cache_is_taken_at_first(tmp_path):
     assert (tmp_path / "cache_0_train.npy.new").stat().st_blocks * 512 >= 2**22
 
 
+def test_the_next_block_is_not_there_while_a_cache_is_written(tmp_path, monkeypatch):
+    there, during, place, written = [], [], _inputs.Inputs._place, _inputs.Inputs._written
+    monkeypatch.setattr(_inputs.Inputs, "_place", lambda self, units: there.append(units) or place(self, units))
+    monkeypatch.setattr(
+        _inputs.Inputs, "_written", lambda self, *args: during.append(there[-1]) or written(self, *args)
+    )
+    fitted(tmp_path, epochs=1, cache="always")
+    assert during == [range(1), range(1), range(1, 2), range(1, 2)]
+
+
 def test_values_beyond_a_cache(tmp_path):
     writer = CacheWriter(Storage(tmp_path), "cache_0_train.npy", (2, 3), torch.float16)
     writer.append(torch.full((1, 3), 6e4))

@@ -525,9 +525,3 @@ def test_units_that_are_called_as_exits_are(tmp_path):
     assert len(run.export("last")) == 4
     assert len(run.export("other")) == 4
     assert len(run.export(0)) == 2
-
-
-def test_learning_rates_of_numpy(tmp_path):
-    optimizer = partial(torch.optim.SGD, lr=numpy.float64(0.1))
-    fitted(tmp_path, epochs=1, optimizer=optimizer)
-    assert fitted(tmp_path, epochs=1, optimizer=optimizer).exits()
