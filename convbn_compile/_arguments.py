@@ -99,7 +99,7 @@ def share(name: str, value: Any, below: float = 1.0) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {shown(value)}.")
     if not 0.0 <= value < below:
-        limits = "0 or more" if below == float("inf") else f"from 0 to below {below:g}"
+        limits = "0 or more, and finite" if below == float("inf") else f"from 0 to below {below:g}"
         raise ValueError(f"{name} must be {limits}, got {value!r}.")
     return float(value)
 

@@ -11,6 +11,7 @@ from convbn_compile import _torch
 from convbn_compile.local_learning._lines import Profile, UnitProfile, checked
 from convbn_compile.local_learning._local import Optimizer, seeded
 from convbn_compile.local_learning._network import Network
+from convbn_compile.local_learning._training import logger
 from convbn_compile.local_learning.partitioner import Partitioner, Plan
 from convbn_compile.local_learning.profiler import steps_of
 
@@ -38,8 +39,9 @@ def planned(
         with measuring(device, seed):
             found = _checked(plan, network, units, optimizer, device)
         if all(old.margin == new.margin for old, new in zip(units, found, strict=True)):
-            break
+            return plan
         plan, units = partitioner.plan(found), found
+    logger.warning("steps took more than their lines %d times: the batches of the last plan were not tried", CHECKS)
     return plan
 
 

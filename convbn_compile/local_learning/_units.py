@@ -96,7 +96,7 @@ def units_of(model: Any) -> Units:
     if isinstance(model, nn.Sequential):
         named = model.named_modules(remove_duplicate=False)
         return replace(_given([each for each in named if each[0] and "." not in each[0]]), model=model)
-    if isinstance(model, Sequence) and not isinstance(model, (str, bytes)):
+    if isinstance(model, (Sequence, nn.ModuleList)) and not isinstance(model, (str, bytes)):
         return _given([(str(index), module) for index, module in enumerate(model)])
     if not isinstance(model, nn.Module):
         raise TypeError(f"NeuroFlux: model must be an nn.Module or a list of modules, got {shown(model)}.")

@@ -8,6 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from convbn_compile._arguments import shown
 from convbn_compile.estimate import MIB
 
 
@@ -86,8 +87,13 @@ class Report:
         """After how many seconds of training an exit was so accurate for the first time; None if none was.
 
         Args:
-            accuracy: a share of images.
+            accuracy: a share of images, from 0 to 1.
+
+        Raises:
+            ValueError: it is none.
         """
+        if not isinstance(accuracy, (int, float)) or not 0 <= accuracy <= 1:
+            raise ValueError(f"seconds_to: accuracy is a share of images, from 0 to 1, got {shown(accuracy)}.")
         reached = (epoch["seconds"] for epoch in self.history if max(epoch["accuracies"]) >= accuracy)
         return next(reached, None)
 

@@ -32,7 +32,7 @@ BAD = {
     "num_classes": ("ten", TypeError, "num_classes: an integer of 1 or more is needed, got 'ten' (str)."),
     "memory_budget": (0, ValueError, "memory_budget: an integer of 1 or more is needed, got 0 (int)."),
     "batch_size_limit": (0, ValueError, "batch_size_limit: an integer of 1 or more is needed"),
-    "similarity": (-0.1, ValueError, "similarity must be 0 or more, got -0.1."),
+    "similarity": (-0.1, ValueError, "similarity must be 0 or more, and finite, got -0.1."),
     "exit_tolerance": ("0", TypeError, "exit_tolerance must be a number, got '0' (str)."),
     "margin": (1.0, ValueError, "margin must be from 0 to below 1, got 1.0."),
     "head_filters": (0, ValueError, "head_filters: an integer of 1 or more is needed"),

@@ -333,7 +333,10 @@ def test_history(tmp_path):
     best = max(each["accuracies"][0] for each in report.history)
     first = next(each for each in report.history if each["accuracies"][0] == best)
     assert report.seconds_to(best) == first["seconds"]
-    assert report.seconds_to(best + 0.01) is None
+    assert replace(report, history=report.history[:0]).seconds_to(best) is None
+    for wrong in (97, -0.1, float("nan"), "most"):
+        with pytest.raises(ValueError, match="accuracy is a share of images, from 0 to 1, got"):
+            report.seconds_to(wrong)
 
 
 def test_nothing_is_left_of_caches(tmp_path):

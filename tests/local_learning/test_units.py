@@ -82,6 +82,11 @@ def test_a_module_that_a_sequential_has_twice(tmp_path):
         flux(tmp_path, nn.Sequential(unit(3, 8), twice, twice, nn.Flatten()))
 
 
+def test_a_list_of_torch():
+    given = units_of(nn.ModuleList(network()))
+    assert [unit.name for unit in given.units] == ["0", "1", "2"]
+
+
 def test_images_that_are_no_numbers():
     """They say nothing about the units."""
     model = torchvision.models.resnet18(num_classes=4)
