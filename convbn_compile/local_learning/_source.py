@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from convbn_compile._arguments import shown
 from convbn_compile.local_learning._local import resident_bytes
 
-READ_TWICE = 16
-"""Images by which augmentation is found."""
+LOOKED_AT = 16
+"""Images of a dataset by which augmentation is found, and by whose classes a run knows its data again."""
 
 Batch = tuple[Tensor, Tensor]
 """Images, or what a unit made of them, [b, ...], and their classes, int64 [b]; both on the CPU."""
@@ -100,7 +100,7 @@ class Images:
     @property
     def augments(self) -> bool:
         """Whether images are others when they are read again: some of them, twice, since a draw may repeat itself."""
-        return not torch.equal(self.first(READ_TWICE), self.first(READ_TWICE))
+        return not torch.equal(self.first(LOOKED_AT), self.first(LOOKED_AT))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from convbn_compile.local_learning._local import Optimizer, optimizer_of, reside
 from convbn_compile.local_learning._network import Network, built
 from convbn_compile.local_learning._planning import measuring, planned
 from convbn_compile.local_learning._reported import reported
-from convbn_compile.local_learning._source import READ_TWICE, Images, check_dataset
+from convbn_compile.local_learning._source import LOOKED_AT, Images, check_dataset
 from convbn_compile.local_learning._state import State
 from convbn_compile.local_learning._training import Training, logger, progress_bar
 from convbn_compile.local_learning._units import units_of
@@ -328,7 +328,7 @@ class NeuroFlux:
             "seed": self.seed,
             "epochs": epochs,
             "images": [len(one) for one in data.values()],
-            "labels": [one.labels(READ_TWICE) for one in data.values()],
+            "labels": [one.labels(LOOKED_AT) for one in data.values()],
         }
 
 
