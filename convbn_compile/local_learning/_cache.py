@@ -1,4 +1,4 @@
-"""A cache: the outputs of a block for every image, as rows of a file of numpy that is memory-mapped."""
+"""A cache: the outputs of a block for every image, as rows of a file of NumPy that is memory-mapped."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from convbn_compile._extras import require
 from convbn_compile.local_learning._disk import checksum, replace_file
@@ -26,14 +26,14 @@ class CacheWriter:
         dtype: float32 or float16.
 
     Raises:
-        OSError: there is no space for it.
+        ValueError: there is no space for it.
     """
 
     def __init__(self, storage: Storage, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self._storage, self._name, self._dtype = storage, name, dtype
-        self._new = storage.path(name + ".new")
-        self._rows = _numpy().lib.format.open_memmap(self._new, "w+", str(dtype).removeprefix("torch."), shape)
-        _allocate(self._new)
+        with storage.writing(name) as self._new:
+            self._rows = _numpy().lib.format.open_memmap(self._new, "w+", str(dtype).removeprefix("torch."), shape)
+            _allocate(self._new)
         self._filled = 0
 
     def append(self, rows: Tensor) -> None:
@@ -42,13 +42,8 @@ class CacheWriter:
         Raises:
             ValueError: they are out of the range of the cache's dtype.
         """
-        end, stored = self._filled + len(rows), rows.to("cpu", self._dtype)
-        if stored.isinf().any() and not rows.isinf().any():
-            raise ValueError(
-                f"cache_dtype: {self._name} is to hold {rows.abs().max().item():g}, which is beyond {self._dtype}. "
-                "Begin again with cache_dtype=torch.float32, in another folder."
-            )
-        self._rows[self._filled : end] = stored.numpy()
+        end = self._filled + len(rows)
+        self._rows[self._filled : end] = _rounded(rows, self._dtype).cpu().numpy()
         self._filled = end
 
     def close(self) -> dict[str, str]:
@@ -59,6 +54,36 @@ class CacheWriter:
         entry = {"file": self._name, "sha256": checksum(self._new)}
         replace_file(self._new, self._storage.path(self._name))
         return entry
+
+
+class Rounding(nn.Module):
+    """Values as a cache would hold them.
+
+    Args:
+        dtype: of the cache.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What a cache of x is read as.
+
+        Raises:
+            ValueError: it is out of the range of the cache's dtype.
+        """
+        return _rounded(x, self._dtype).to(x.dtype)
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    stored = x.to(dtype)
+    if stored.isinf().any() and not x.isinf().any():
+        raise ValueError(
+            f"cache_dtype: a cache is to hold {x.abs().max().item():g}, which is beyond {dtype}. Begin again with "
+            "cache_dtype=torch.float32, in another folder."
+        )
+    return stored
 
 
 @dataclass(frozen=True)

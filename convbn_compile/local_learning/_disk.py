@@ -49,9 +49,11 @@ def checksum(file: Path) -> str:
 
 def replace_file(new: Path, old: Path) -> None:
     """Put a file in place of another, on the disk and not in its buffers only."""
-    with new.open("rb") as stream:
+    with new.open("r+b") as stream:
         os.fsync(stream.fileno())
     new.replace(old)
+    if os.name == "nt":  # where a folder cannot be opened
+        return
     folder = os.open(old.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

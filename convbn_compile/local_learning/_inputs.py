@@ -5,16 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
+from torch import nn
 
 from convbn_compile.estimate import MIB
-from convbn_compile.local_learning._cache import Cache, CacheWriter, cache_bytes
+from convbn_compile.local_learning._cache import Cache, CacheWriter, Rounding, cache_bytes
 from convbn_compile.local_learning._choice import Costs, choose
 from convbn_compile.local_learning._disk import speed_of
 from convbn_compile.local_learning._local import seeded
 from convbn_compile.local_learning._network import Network
+from convbn_compile.local_learning._offloading import Offloading
 from convbn_compile.local_learning._source import Images, Source, Through
 from convbn_compile.local_learning._state import Entry, State
 from convbn_compile.local_learning._training import Training, logger
@@ -41,6 +44,7 @@ class Inputs:
         data: the images, for "train" and "val".
         storage: where caches are.
         state: how far the run is.
+        memory: what of the network is in memory.
         bar: makes progress bars.
     """
 
@@ -50,6 +54,7 @@ class Inputs:
     data: Mapping[str, Images]
     storage: Storage
     state: State
+    memory: Offloading
     bar: Bar
     _intact: set[str] = field(default_factory=set, init=False)
 
@@ -64,18 +69,18 @@ class Inputs:
         return self._through(source, self.base, number)
 
     def place(self, number: int) -> None:
-        """Put a block, and those that its input is computed by, on the device, and all others on the CPU."""
-        self._place(range(self._first_unit(self.base), self.plan.blocks[number].units.stop))
+        """Have a block in memory, and those that its input is computed by."""
+        self.memory.use(self.plan.blocks[number].units, self._before(number))
 
-    def _place(self, there: range) -> None:
-        for index, unit in enumerate(self.network.units):
-            unit.to(self.training.device if index in there else "cpu")
+    def _before(self, number: int) -> range:
+        """The units that compute a block's input."""
+        return range(self._first_unit(self.base), self._first_unit(number))
 
     # --- the choice ----------------------------------------------------------------------------------------------
 
     def choose(self, number: int) -> None:
         """Decide how a block gets its input, write its cache if it has one, and commit."""
-        self._place(range(self._first_unit(self.base), self._first_unit(number)))
+        self.memory.use(range(0), self._before(number))
         how, why = self._choice(number)
         logger.info("block %d: its input is %s: %s", number, "cached" if how == "cache" else how, why)
         self.state.source = how
@@ -107,7 +112,7 @@ class Inputs:
         """Why there can be no cache of so many bytes; None if there can."""
         if self.training.cache == "never":
             return 'cache="never"'
-        if self.data["train"].augments:
+        if self._augmented:
             return "images are augmented, and a cache would hold one draw"
         free = self.storage.free
         return f"a cache takes {size / MIB:.1f} MiB, of which {free / MIB:.1f} are free" if free <= size else None
@@ -126,13 +131,25 @@ class Inputs:
     def _first_unit(self, number: int) -> int:
         return self.plan.blocks[number].first
 
-    def _through(self, source: Source, first: int, number: int, rounded: torch.dtype | None = None) -> Source:
+    def _through(self, source: Source, first: int, number: int) -> Source:
         """A source of the input of block `first` as one of the input of block `number`."""
         if first == number:
             return source
-        indices = range(self._first_unit(first), self._first_unit(number))
-        units = tuple(self.network.units[index].unit for index in indices)
-        return Through(source, units, self.plan.least_batch, self.training.device, rounded)
+        modules: list[nn.Module] = []
+        for block in self.plan.blocks[first:number]:
+            modules += [*(self.network.units[index].unit for index in block.units), *self._rounding]
+        return Through(source, tuple(modules), self.plan.least_batch, self.training.device)
+
+    @cached_property
+    def _augmented(self) -> bool:
+        return self.data["train"].augments
+
+    @cached_property
+    def _rounding(self) -> tuple[nn.Module, ...]:
+        """What a block's output goes through, so that it does not depend on a measured time whether it was cached."""
+        narrow, dtype = self.training.cache_dtype, next(self.network.units[0].parameters()).dtype
+        cached = self.training.cache == "always" or (self.training.cache == "auto" and not self._augmented)
+        return (Rounding(narrow),) if cached and torch.promote_types(narrow, dtype) != narrow else ()
 
     # --- caches --------------------------------------------------------------------------------------------------
 
@@ -142,20 +159,13 @@ class Inputs:
         name = self.state.cache[split]["rows"]["file"]
         if name not in self._intact and not all(map(self.storage.intact, self.state.cache[split].values())):
             logger.warning("the cache of %s is missing or damaged: it is made again", split)
-            self._place(range(self._first_unit(self.base)))
-            self.state.cache[split] = self._written(split, self.state.cuts[-1], self._chain(split))
+            with self.memory.using(range(self._first_unit(self.base))):
+                source = self._through(self.data[split], 0, self.base)
+                self.state.cache[split] = self._written(split, self.state.cuts[-1], source)
             self.storage.commit(self.state.to_dict(), self.state.entries)
-            self.place(self.state.block)
         self._intact.add(name)
         labels = self.storage.load(self.state.cache[split]["labels"])
         return Cache(self.storage.path(name), labels, next(self.network.units[0].parameters()).dtype)
-
-    def _chain(self, split: str) -> Source:
-        """What the last cache holds, from the images through every cache that there has been."""
-        source: Source = self.data[split]
-        for first, cut in zip([0, *(cut + 1 for cut in self.state.cuts)], self.state.cuts, strict=False):
-            source = self._through(source, first, cut + 1, self.training.cache_dtype)
-        return source
 
     def _written(self, split: str, number: int, source: Source) -> dict[str, Entry]:
         """The outputs of a block, in a cache."""

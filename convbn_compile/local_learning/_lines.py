@@ -31,6 +31,7 @@ class UnitProfile:
         slope: q_l, bytes for each image.
         r2: R² of the line.
         margin: bytes by which the line was raised, so that no point is above it; 0 where it fits.
+        before: bytes of the units before it, where they stay in memory to compute its input.
     """
 
     name: str
@@ -43,6 +44,7 @@ class UnitProfile:
     slope: float = 0.0
     r2: float = 1.0
     margin: float = 0.0
+    before: int = 0
 
     @property
     def linear(self) -> bool:

@@ -100,12 +100,6 @@ def optimizer_of(unit: LocalUnit, optimizer: Optimizer) -> torch.optim.Optimizer
     return made
 
 
-def settings_of(optimizer: torch.optim.Optimizer) -> str:
-    """Its class and the settings of its groups, as text."""
-    groups = [{**group, "params": len(group["params"])} for group in optimizer.param_groups]
-    return f"{type(optimizer).__name__} {groups}"
-
-
 def resident_bytes(module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
     """Bytes of parameters, buffers and the optimizer's state."""
     state = optimizer.state.values() if optimizer else ()

@@ -62,7 +62,7 @@ def built(
 
     with seeded(torch.device("cpu"), seed):
         pairs = list(zip(units.units, shapes, strict=True))
-        heads = [_naming(unit.name, head, shape, unit.module) for unit, shape in pairs[:-1]]
+        heads = [_naming(f"unit {unit.name}", head, shape, unit.module) for unit, shape in pairs[:-1]]
     local = [LocalUnit(unit, each, options) for unit, each in zip(units.units, [*heads, units.classifier], strict=True)]
     for unit in local:
         unit.check()
@@ -81,7 +81,7 @@ def _traced(units: Units, example: Tensor, num_classes: int) -> list[tuple[int, 
         value = images.clone()
         for unit in units.units:
             there = next(unit.module.parameters()).device
-            value = _naming(unit.name, unit.module, value.to(there))
+            value = _naming(f"unit {unit.name}", unit.module, value.to(there))
             if not isinstance(value, Tensor):
                 raise ValueError(f"unit {unit.name} returns {type(value).__name__}; a unit has to return a tensor.")
             shapes.append(tuple(value.shape[1:]))
@@ -96,12 +96,12 @@ def _traced(units: Units, example: Tensor, num_classes: int) -> list[tuple[int, 
     return shapes
 
 
-def _naming(name: str, call: Callable[..., Any], *args: Any) -> Any:
-    """What a call returns; its errors say which unit it was."""
+def _naming(what: str, call: Callable[..., Any], *args: Any) -> Any:
+    """What a call returns; its errors say what was called."""
     try:
         return call(*args)
     except (RuntimeError, ValueError, TypeError) as error:
-        raise ValueError(f"unit {name}: {error}") from error
+        raise ValueError(f"{what}: {error}") from error
 
 
 def _compare(model: nn.Module, images: Tensor, logits: Tensor) -> None:

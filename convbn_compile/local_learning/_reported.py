@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from convbn_compile.local_learning._state import State
 from convbn_compile.local_learning.partitioner import Plan
 from convbn_compile.local_learning.report import BlockRun, Exit, Report
 
-THROUGHPUT_BATCH = 32
+INFERENCE_BATCH = 32
+"""The largest batch that inference is timed with."""
 
 
 def chosen_exit(exits: Sequence[Exit], tolerance: float) -> Exit:
@@ -27,7 +29,7 @@ def chosen_exit(exits: Sequence[Exit], tolerance: float) -> Exit:
     return next(each for each in exits if each.accuracy >= best - tolerance)
 
 
-def reported(network: Network, state: State, plan: Plan, tolerance: float, device: torch.device) -> Report:
+def reported(network: Network, state: State, plan: Plan, tolerance: float) -> Report:
     """Of a run that is done, whose network is in eval mode afterwards.
 
     Args:
@@ -35,33 +37,47 @@ def reported(network: Network, state: State, plan: Plan, tolerance: float, devic
         state: at the end.
         plan: the blocks.
         tolerance: of the chosen exit.
-        device: where images a second are measured; the network stays where it is.
     """
     ends = [network.until(index).eval() for index in range(len(network.units))]
     sizes = [sum(parameter.numel() for parameter in end.parameters()) for end in ends]
     rows = zip(network.units, state.accuracies, sizes, strict=True)
     exits = tuple(Exit(index, unit.name, accuracy, size) for index, (unit, accuracy, size) in enumerate(rows))
     chosen = chosen_exit(exits, tolerance)
-    like = next(network.units[0].parameters())
-    batch = min(THROUGHPUT_BATCH, plan.least_batch)
-    images = torch.zeros(batch, *network.input_shape, dtype=like.dtype, device=device)
-    shorter = chosen.unit < len(ends) - 1
-    ratio = _seconds(ends[-1], images) / _seconds(ends[chosen.unit], images) if shorter else 1.0
+    ratio = state.inference[-1] / state.inference[chosen.unit]
     runs = zip(plan.blocks, state.runs, strict=True)
     blocks = tuple(BlockRun(names=block.names, predicted=block.predicted, **run) for block, run in runs)
     return Report(plan.memory_budget, blocks, exits, tuple(state.history), chosen, sizes[-1], ratio)
 
 
+def inference_seconds(network: Network, batch: int, device: torch.device) -> list[float]:
+    """Of a batch up to each exit, as the sum of its units', of which one at a time is on the device.
+
+    Args:
+        network: on any device, which it is on afterwards too.
+        batch: the batch size.
+        device: where time is measured.
+    """
+    units, found = 0.0, []
+    shapes = [network.input_shape, *network.shapes]
+    dtype = next(network.units[0].parameters()).dtype
+    for local, both in zip(network.units, pairwise(shapes), strict=True):
+        given, made = (torch.zeros(batch, *shape, dtype=dtype, device=device) for shape in both)
+        units += _seconds(local.unit, given)
+        found.append(units + _seconds(local.head, made))
+    return found
+
+
 @torch.no_grad()
-def _seconds(model: nn.Module, images: Tensor) -> float:
-    """Of a call, the fastest of five; the model is on the images' device meanwhile."""
-    found, home = [], next(model.parameters()).device
+def _seconds(module: nn.Module, x: Tensor) -> float:
+    """Of a call in eval mode, the fastest of five."""
+    found, tensors = [], (*module.parameters(), *module.buffers())
+    home = tensors[0].device if tensors else x.device
     try:
-        model.to(images.device)
+        module.eval().to(x.device)
         for _ in range(5):
             began = time.perf_counter()
-            model(images).sum().item()
+            module(x).sum().item()
             found.append(time.perf_counter() - began)
     finally:
-        model.to(home)
+        module.to(home)
     return min(found)

@@ -14,7 +14,7 @@ from convbn_compile._arguments import shown
 from convbn_compile.local_learning._local import resident_bytes
 
 LOOKED_AT = 16
-"""Images of a dataset by which augmentation is found, and by whose classes a run knows its data again."""
+"""Images of a dataset by which augmentation is found."""
 
 Batch = tuple[Tensor, Tensor]
 """Images, or what a unit made of them, [b, ...], and their classes, int64 [b]; both on the CPU."""
@@ -40,10 +40,12 @@ class Images:
     """A dataset.
 
     Attributes:
+        name: "train" or "val".
         dataset: of pairs of an image and its class.
         num_classes: how many there are.
     """
 
+    name: str
     dataset: Dataset[Any]
     num_classes: int
 
@@ -63,15 +65,15 @@ class Images:
     def _checked(self, batch: Any) -> Batch:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(one, Tensor) for one in batch):
             raise ValueError(
-                "The dataset has to be one of pairs: an image, as a tensor, and its class, as an int; "
+                f"{self.name}: the dataset has to be one of pairs: an image, as a tensor, and its class, as an int; "
                 f"a batch of it is {type(batch).__name__} of {[type(one).__name__ for one in batch]}."
             )
         x, y = batch
         low, high = y.min().item(), y.max().item()
         if y.dim() != 1 or y.is_floating_point() or low < 0 or high >= self.num_classes:
             raise ValueError(
-                f"Classes have to be integers from 0 to num_classes - 1 = {self.num_classes - 1}, one for each image, "
-                f"got {low} to {high} in {y.dtype} of shape {list(y.shape)}."
+                f"{self.name}: classes have to be integers from 0 to num_classes - 1 = {self.num_classes - 1}, one for "
+                f"each image, got {low} to {high} in {y.dtype} of shape {list(y.shape)}."
             )
         return x, y.long()
 
@@ -93,8 +95,9 @@ class Images:
             return next(self.batches([torch.arange(min(number, len(self)))]))
         except (LookupError, RuntimeError, TypeError) as error:
             raise ValueError(
-                "The dataset has to be one of pairs that make a batch: an image, as a tensor of the same shape as all "
-                f"others, and its class, as an int; loading the first of it: {type(error).__name__}: {error}"
+                f"{self.name}: the dataset has to be one of pairs that make a batch: an image, as a tensor of the same "
+                f"shape as all others, and its class, as an int; loading the first of it: {type(error).__name__}: "
+                f"{error}"
             ) from error
 
     @property
@@ -112,14 +115,12 @@ class Through:
         units: the modules.
         chunk: how many images go through them at a time; fewer are filled up, so that it is the same kernels always.
         device: where the units are.
-        rounded: the dtype of a cache that their output would be read from; None for none.
     """
 
     source: Source
     units: tuple[nn.Module, ...]
     chunk: int
     device: torch.device
-    rounded: torch.dtype | None = None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -152,8 +153,7 @@ class Through:
         value = torch.cat([x, missing]).to(self.device)
         for unit in self.units:
             value = unit.eval()(value)
-        value = value[: len(x)]
-        return value if self.rounded is None else value.to(self.rounded).to(value.dtype)
+        return value[: len(x)]
 
 
 def check_dataset(name: str, dataset: Any) -> None:

@@ -27,6 +27,7 @@ class State:
         runs: what they took.
         history: of every epoch: block, epoch, seconds since the beginning, losses and accuracies of the block's exits.
         seconds: of the block so far.
+        inference: seconds of a batch up to each exit, at the end.
     """
 
     settings: dict[str, Any]
@@ -42,6 +43,7 @@ class State:
     runs: list[dict[str, Any]] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+    inference: list[float] = field(default_factory=list)
 
     @property
     def entries(self) -> list[Entry]:

@@ -12,11 +12,13 @@ from convbn_compile.estimate import MIB
 from convbn_compile.local_learning._inputs import Inputs
 from convbn_compile.local_learning._local import seeded
 from convbn_compile.local_learning._network import Network
+from convbn_compile.local_learning._offloading import Offloading, Values
+from convbn_compile.local_learning._reported import INFERENCE_BATCH, inference_seconds
 from convbn_compile.local_learning._source import Images
 from convbn_compile.local_learning._state import State
 from convbn_compile.local_learning._training import Training, logger, progress_bar
 from convbn_compile.local_learning.partitioner import Plan
-from convbn_compile.local_learning.storage import Storage
+from convbn_compile.local_learning.storage import SPLITS, Storage
 from convbn_compile.local_learning.worker import Worker
 
 TRAINING, EVALUATION = 0, 1
@@ -49,17 +51,30 @@ class Controller:
     ) -> None:
         self.network, self.plan, self.training, self.storage, self.state = network, plan, training, storage, state
         self._bar = partial(progress_bar, show=progress)
-        self.inputs = Inputs(network, plan, training, data, storage, state, self._bar)
+        self.memory = Offloading(network.units, training.device, self._values)
+        self.inputs = Inputs(network, plan, training, data, storage, state, self.memory, self._bar)
 
     def run(self) -> None:
         """Train what is left to train. All units are afterwards where the first was, whatever happens."""
         home = next(self.network.units[0].parameters()).device
+        checkpoint = [self.state.checkpoint] if self.state.checkpoint else []
+        for entry in (self.state.start, *self.state.finished, *checkpoint):
+            self.storage.check(entry)
         try:
-            self._restore()
             self._run()
         finally:
-            for unit in self.network.units:
-                unit.to(home)
+            self.memory.bring(home)
+        if not self.state.inference:
+            batch = min(INFERENCE_BATCH, self.plan.least_batch)
+            self.state.inference = inference_seconds(self.network, batch, self.training.device)
+            self.storage.commit(self.state.to_dict(), self.state.entries)
+
+    def _values(self) -> list[Values]:
+        """Of all units when the last block ended."""
+        values = list(self.storage.load(self.state.start, mapped=True))
+        for block, entry in zip(self.plan.blocks, self.state.finished, strict=False):
+            values[block.first : block.units.stop] = self.storage.load(entry, mapped=True)
+        return values
 
     def _run(self) -> None:
         blocks = self.plan.blocks
@@ -72,34 +87,26 @@ class Controller:
                 self._train(number)
                 bar.update()
 
-    def _restore(self) -> None:
-        """Give the units the values that they had when the run was killed."""
-        state, units = self.state, self.network.units
-        for unit, values in zip(units, self.storage.load(state.start), strict=True):
-            unit.load_state_dict(values)
-        for block, entry in zip(self.plan.blocks, state.finished, strict=False):
-            for index, values in zip(block.units, self.storage.load(entry), strict=True):
-                units[index].load_state_dict(values)
-
     def _train(self, number: int) -> None:
         """A block, from where it is to its end."""
         block, state, training = self.plan.blocks[number], self.state, self.training
-        source = self.inputs.of("train", number)
+        train, val = (self.inputs.of(split, number) for split in SPLITS)
         units = [self.network.units[index] for index in block.units]
         worker = Worker(units, training.optimizer, block.batch_size, training.lr_batch_size, training.epochs)
         if state.checkpoint:
             worker.load(self.storage.load(state.checkpoint))
         for epoch in range(state.epoch, training.epochs):
-            with self._timed(), self._bar(len(source) // block.batch_size, f"block {number}, epoch {epoch}") as bar:
-                losses = worker.epoch(source, epoch, (training.seed, number, epoch, TRAINING), bar.update)
+            with self._timed(), self._bar(len(train) // block.batch_size, f"block {number}, epoch {epoch}") as bar:
+                losses = worker.epoch(train, epoch, (training.seed, number, epoch, TRAINING), bar.update)
             self._check_losses(number, losses)
             with self._timed(), seeded(training.device, training.seed, number, epoch, EVALUATION):
-                accuracies = worker.accuracies(self.inputs.of("val", number))
+                accuracies = worker.accuracies(val)
             shown = [", ".join(f"{value:.4f}" for value in values) for values in (losses, accuracies)]
             logger.info("block %d, epoch %d: losses %s; accuracies %s", number, epoch, *shown)
+            with self._timed():
+                state.checkpoint = self.storage.save(f"checkpoint_{number}_{epoch}.pt", worker.state())
             done = {"block": number, "epoch": epoch, "seconds": state.total_seconds}
             state.history.append({**done, "losses": losses, "accuracies": accuracies})
-            state.checkpoint = self.storage.save(f"checkpoint_{number}_{epoch}.pt", worker.state())
             state.epoch = epoch + 1
             self.storage.commit(state.to_dict(), state.entries)
         self._finish(number, worker)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from itertools import pairwise
+from dataclasses import asdict, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -16,11 +16,12 @@ from torch.utils.data import Dataset
 from convbn_compile._arguments import count, located, num_bytes, one_of, share, shown
 from convbn_compile.local_learning._cache import cache_bytes
 from convbn_compile.local_learning._lines import Profile
-from convbn_compile.local_learning._local import Optimizer, optimizer_of, resident_bytes, seeded, settings_of, sgd
+from convbn_compile.local_learning._local import Optimizer, resident_bytes, seeded, sgd
 from convbn_compile.local_learning._network import Network, built
 from convbn_compile.local_learning._planning import measuring, planned
 from convbn_compile.local_learning._reported import reported
-from convbn_compile.local_learning._source import LOOKED_AT, Images, check_dataset
+from convbn_compile.local_learning._settings import run_settings
+from convbn_compile.local_learning._source import Images, check_dataset
 from convbn_compile.local_learning._state import State
 from convbn_compile.local_learning._training import Training, logger, progress_bar
 from convbn_compile.local_learning._units import units_of
@@ -49,7 +50,7 @@ class NeuroFlux:
         num_classes: of the classifier.
         memory_budget: of a step at its peak: bytes, or text such as "300MiB" or "2GiB". Weights, gradients, the
             optimizer's state, activations and what operators need inside count; images that a loader holds, and what a
-            process or CUDA context needs without tensors, do not. Nor do, on a CPU, the weights of other blocks.
+            process or CUDA context needs without tensors, do not. Other blocks are in the storage meanwhile.
         storage: a folder for caches, finished blocks and checkpoints. A run that was killed goes on from there.
         batch_size_limit: the largest batch.
         similarity: by how much, relatively, batches of units in a block may differ.
@@ -180,8 +181,11 @@ class NeuroFlux:
         return self._plan
 
     def _planned(self, network: Network, profile: Profile, limit: int) -> Plan:
-        fixed = sum(map(resident_bytes, network.units)) if self.cache == "never" else 0
-        partitioner = Partitioner(self.memory_budget, self.margin, limit, self.similarity, fixed)
+        if self.cache == "never":
+            before = accumulate((resident_bytes(unit.unit) for unit in network.units), initial=0)
+            pairs = zip(profile.units, before, strict=False)
+            profile = Profile(tuple(replace(unit, before=size) for unit, size in pairs))
+        partitioner = Partitioner(self.memory_budget, self.margin, limit, self.similarity)
         return planned(partitioner, network, profile, self.optimizer, self.device, self.seed)
 
     def fit(self, train: Dataset[Any], val: Dataset[Any], epochs: int, *, progress: bool = True) -> Report:
@@ -208,7 +212,7 @@ class NeuroFlux:
         data = {}
         for name, dataset in (("train", train), ("val", val)):
             check_dataset(name, dataset)
-            data[name] = Images(dataset, self.num_classes)
+            data[name] = Images(name, dataset, self.num_classes)
         storage = Storage(self.storage)
         with storage.locked(), seeded(self.device, self.seed):
             self._fit(storage, data, epochs, progress=progress)
@@ -221,7 +225,7 @@ class NeuroFlux:
                 f"val: its images have the shape {list(other.shape[1:])}, those of train {list(example.shape[1:])}."
             )
         network = self._build(example)
-        settings, manifest = self._settings(network, epochs, data), storage.manifest()
+        settings, manifest = run_settings(vars(self), network, epochs, data), storage.manifest()
         if manifest is None:
             state = self._begin(storage, settings, network, data, progress=progress)
         else:
@@ -236,7 +240,7 @@ class NeuroFlux:
             self.optimizer, self.lr_batch_size, epochs, self.seed, self.cache, self.cache_dtype, self.device
         )
         Controller(network, plan, training, data, storage, state, progress=progress).run()
-        self._report = reported(network, state, plan, self.exit_tolerance, self.device)
+        self._report = reported(network, state, plan, self.exit_tolerance)
         if self._units.model is not None:
             self._units.model.eval()
 
@@ -305,31 +309,6 @@ class NeuroFlux:
         state = State(settings, [asdict(block) for block in plan.blocks], start)
         storage.commit(state.to_dict(), state.entries)
         return state
-
-    def _settings(self, network: Network, epochs: int, data: dict[str, Images]) -> dict[str, Any]:
-        """What a run that goes on must have in common with the one that began."""
-        like = next(network.units[0].parameters())
-        return {
-            "units": [[unit.name, *(list(one.shape) for one in unit.parameters())] for unit in network.units],
-            "image": list(network.input_shape),
-            "dtype": str(like.dtype),
-            "head_filters": self.head_filters,
-            "layers": [" ".join(str(unit).split()) for unit in network.units],
-            "options": str(sorted(self.options.items())),
-            "num_classes": self.num_classes,
-            "memory_budget": self.memory_budget,
-            "batch_size_limit": self.batch_size_limit,
-            "similarity": self.similarity,
-            "margin": self.margin,
-            "cache": self.cache,
-            "cache_dtype": str(self.cache_dtype),
-            "optimizer": settings_of(optimizer_of(network.units[0], self.optimizer)),
-            "lr_batch_size": self.lr_batch_size,
-            "seed": self.seed,
-            "epochs": epochs,
-            "images": [len(one) for one in data.values()],
-            "labels": [one.labels(LOOKED_AT) for one in data.values()],
-        }
 
 
 def _device(given: Any) -> torch.device:

@@ -1,8 +1,9 @@
 """The Partitioner: which units are trained together, and by which batch, so that it fits a budget of memory.
 
-    M_k(b) = fixed + sum_{l in k} resident_l + max_{l in k} (p_l - resident_l + (q_l + x_l) b)
+    M_k(b) = before_k + sum_{l in k} resident_l + max_{l in k} (p_l - resident_l + (q_l + x_l) b)
     B_k    = clamp(floor(b : M_k(b) = s budget), 1, limit),   s = 1 - margin
 
+before_k are the bytes of all units before the block where they compute its input always (cache="never"), else 0;
 resident_l are the bytes of unit l's parameters, buffers and optimizer state, all of which are there while the block
 is; p_l and q_l are the Profiler's; x_l are the bytes of the block's input for an image, which is there beside that of
 unit l itself, and 0 for the first unit, whose input it is. A block opens at unit i with B_i, the batch of the unit
@@ -91,14 +92,12 @@ class Partitioner:
         margin: the share of them that is left free.
         limit: the largest batch.
         similarity: by how much, relatively, batches in a block may differ.
-        fixed: bytes that are always there beside the block.
     """
 
     memory_budget: int
     margin: float
     limit: int
     similarity: float
-    fixed: int = 0
 
     def plan(self, units: Sequence[UnitProfile]) -> Plan:
         """The blocks of a network.
@@ -118,7 +117,7 @@ class Partitioner:
             batch = self._batch(group)
             predicted = math.ceil(self._bytes_at(group, batch))
             names = tuple(unit.name for unit in group)
-            blocks.append(Block(first, names, batch, predicted, self._resident(group)))
+            blocks.append(Block(first, names, batch, predicted, _resident(group)))
             first += len(group)
         return Plan(tuple(blocks), self.memory_budget, self.margin)
 
@@ -132,16 +131,13 @@ class Partitioner:
     def _usable(self) -> float:
         return self.memory_budget * (1.0 - self.margin)
 
-    def _resident(self, group: Sequence[UnitProfile]) -> int:
-        return self.fixed + sum(unit.resident for unit in group)
-
     def _bytes_at(self, group: Sequence[UnitProfile], batch: int) -> float:
         """M_k(b)."""
-        return self._resident(group) + max(unit.passing + slope * batch for unit, slope in _slopes(group))
+        return _resident(group) + max(unit.passing + slope * batch for unit, slope in _slopes(group))
 
     def _batch(self, group: Sequence[UnitProfile]) -> int:
         """B_k."""
-        left = self._usable - self._resident(group)
+        left = self._usable - _resident(group)
         largest = min((left - unit.passing) / slope if slope else self.limit for unit, slope in _slopes(group))
         return max(1, int(min(largest, self.limit)))
 
@@ -154,6 +150,11 @@ class Partitioner:
                 f"image, which takes {needed / MIB:.2f} MiB beside a margin of {100 * self.margin:.0f} %. The least "
                 f"budget for it is {least:.2f} MiB."
             )
+
+
+def _resident(group: Sequence[UnitProfile]) -> int:
+    """Bytes that are there before and after a step."""
+    return group[0].before + sum(unit.resident for unit in group)
 
 
 def _slopes(group: Sequence[UnitProfile]) -> list[tuple[UnitProfile, float]]:

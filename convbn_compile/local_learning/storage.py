@@ -102,9 +102,9 @@ class Storage:
             manifest: the new one.
             needed: entries of the files that it names; others of ours are deleted.
         """
-        new = self.path(MANIFEST + ".new")
-        new.write_text(json.dumps(manifest, indent=1))
-        replace_file(new, self.path(MANIFEST))
+        with self.writing(MANIFEST) as new:
+            new.write_text(json.dumps(manifest, indent=1))
+            replace_file(new, self.path(MANIFEST))
         self.tidy(needed)
 
     def tidy(self, needed: Iterable[dict[str, Any]]) -> None:
@@ -137,14 +137,44 @@ class Storage:
         Returns:
             What the manifest is to say of it.
         """
-        new = self.path(name + ".new")
-        torch.save(value, new)
-        entry = {"file": name, "sha256": checksum(new)}
-        replace_file(new, self.path(name))
+        with self.writing(name) as new:
+            torch.save(value, new)
+            entry = {"file": name, "sha256": checksum(new)}
+            replace_file(new, self.path(name))
         return entry
 
-    def load(self, entry: dict[str, Any]) -> Any:
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """What becomes a file, and is deleted if it does not.
+
+        Raises:
+            ValueError: it cannot be written.
+        """
+        new = self.path(name + ".new")
+        try:
+            yield new
+        except (OSError, RuntimeError) as error:
+            new.unlink(missing_ok=True)
+            raise ValueError(
+                f"storage: {name} cannot be written to {self.folder}: {error}. What was done until the last epoch is "
+                "kept: call fit again with the same storage once there is space."
+            ) from error
+
+    def load(self, entry: dict[str, Any], *, mapped: bool = False) -> Any:
         """What save wrote, on the CPU.
+
+        Args:
+            entry: of the file.
+            mapped: leave tensors in the file until they are read.
+
+        Raises:
+            ValueError: it is not there, or not what was written.
+        """
+        self.check(entry)
+        return torch.load(self.path(entry["file"]), map_location="cpu", weights_only=True, mmap=mapped)
+
+    def check(self, entry: dict[str, Any]) -> None:
+        """Refuse to go on from another file than was written.
 
         Raises:
             ValueError: it is not there, or not what was written.
@@ -154,7 +184,6 @@ class Storage:
                 f"{self.path(entry['file'])} is missing or damaged: its checksum is not that of the manifest. "
                 "Training cannot go on from it; use a new folder as storage."
             )
-        return torch.load(self.path(entry["file"]), map_location="cpu", weights_only=True)
 
     def intact(self, entry: dict[str, Any]) -> bool:
         """Whether a file is what was written."""

@@ -137,17 +137,17 @@ DATA = {
     "empty": ([], ValueError, "train: the dataset is empty."),
     "an iterable one": (Iterable(), TypeError, "train: a dataset with a length and items is needed"),
     "a mapping": ({"a": 1}, ValueError, "loading the first of it: KeyError: 0"),
-    "of other things": ([("image", 0)] * 8, ValueError, "The dataset has to be one of pairs"),
+    "of other things": ([("image", 0)] * 8, ValueError, "train: the dataset has to be one of pairs"),
     "of images of two sizes": (
         [(torch.randn(3, 8, 8 + index), 0) for index in range(8)],
         ValueError,
         "an image, as a tensor of the same shape as all others",
     ),
-    "no pairs": (TensorDataset(torch.randn(8, 3, 8, 8)), ValueError, "The dataset has to be one of pairs"),
+    "no pairs": (TensorDataset(torch.randn(8, 3, 8, 8)), ValueError, "train: the dataset has to be one of pairs"),
     "a class too many": (
         TensorDataset(torch.randn(8, 3, 8, 8), torch.arange(8)),
         ValueError,
-        "Classes have to be integers from 0 to num_classes - 1 = 3",
+        "train: classes have to be integers from 0 to num_classes - 1 = 3",
     ),
     "a negative class": (
         TensorDataset(torch.randn(8, 3, 8, 8), -torch.ones(8, dtype=torch.int64)),
@@ -168,6 +168,21 @@ def test_datasets(case, tmp_path):
     run = flux(tmp_path, memory_budget="1MiB")
     with uncompiled(), pytest.raises(error, match=re.escape(message)):
         run.fit(data, images(24, 2), 1, progress=False)
+
+
+def test_which_dataset_is_wrong(tmp_path):
+    x, target = images(24, 2)[:]
+    with (
+        uncompiled(),
+        pytest.raises(ValueError, match="val: classes have to be integers from 0 to num_classes - 1 = 3"),
+    ):
+        flux(tmp_path).fit(images(), TensorDataset(x, target + 1), 1, progress=False)
+
+
+def test_a_classifier_that_does_not_take_its_input(tmp_path):
+    *modules, _ = network()
+    with pytest.raises(ValueError, match="^the classifier: "):
+        flux(tmp_path, [*modules, nn.Linear(7, 4)]).profile(images()[:2][0])
 
 
 @pytest.mark.parametrize("epochs", [0, 1.5, True])

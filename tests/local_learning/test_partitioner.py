@@ -10,13 +10,13 @@ from convbn_compile.local_learning._lines import UnitProfile
 from convbn_compile.local_learning.partitioner import Partitioner
 
 
-def unit(name, resident, passing, slope, input_bytes=0):
+def unit(name, resident, passing, slope, input_bytes=0, before=0):
     """All in bytes."""
-    return UnitProfile(name, (1,), input_bytes, 1, resident, (), resident + passing, slope)
+    return UnitProfile(name, (1,), input_bytes, 1, resident, (), resident + passing, slope, before=before)
 
 
-def partitioner(budget=1000, margin=0.0, limit=512, similarity=0.4, fixed=0):
-    return Partitioner(budget, margin, limit, similarity, fixed)
+def partitioner(budget=1000, margin=0.0, limit=512, similarity=0.4):
+    return Partitioner(budget, margin, limit, similarity)
 
 
 def groups(plan):
@@ -34,8 +34,17 @@ def test_a_margin_is_left_free():
     assert groups(partitioner(margin=0.1).plan([unit("a", 100, 50, 10)])) == [(("a",), 75)]
 
 
-def test_what_is_fixed_counts():
-    assert groups(partitioner(fixed=200).plan([unit("a", 100, 50, 10)])) == [(("a",), 65)]
+def test_what_is_before_a_block_counts_once():
+    """Units of the block itself are in what is resident."""
+    units = [unit("a", 0, 0, 10), unit("b", 100, 50, 10, before=400), unit("c", 30, 50, 10, before=500)]
+    plan = partitioner().plan(units)
+    assert groups(plan) == [(("a",), 100), (("b", "c"), 42)]
+    assert [(block.resident, block.predicted) for block in plan.blocks] == [(0, 1000), (530, 1000)]
+
+
+def test_a_unit_that_does_not_fit_beside_those_before_it():
+    with pytest.raises(ValueError, match="unit b does not fit into .* The least budget for it is 2.00 MiB"):
+        partitioner(2**20).plan([unit("a", 2**19, 0, 1), unit("b", 2**19, 0, 1, before=3 * 2**19 - 1)])
 
 
 def test_like_units_are_a_block_whose_residents_add_up():
@@ -98,7 +107,9 @@ def test_it_prints():
 
 
 sizes = st.floats(0, 400)
-networks = st.lists(st.tuples(sizes, sizes, st.floats(0, 150), st.integers(0, 50)), min_size=1, max_size=8)
+networks = st.lists(
+    st.tuples(sizes, sizes, st.floats(0, 150), st.integers(0, 50), st.integers(0, 100)), min_size=1, max_size=8
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -109,7 +120,7 @@ def test_every_block_fits(network, similarity, margin):
     assert [name for block in plan.blocks for name in block.names] == [each.name for each in units]
     for block in plan.blocks:
         members = [units[index] for index in block.units]
-        resident = sum(each.resident for each in members)
+        resident = members[0].before + sum(each.resident for each in members)
         slopes = [
             each.slope + (index > block.first) * members[0].input_bytes
             for index, each in enumerate(members, block.first)

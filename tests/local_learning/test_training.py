@@ -29,6 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
+from convbn_compile import lowering
 from convbn_compile.local_learning._local import LocalUnit, resident_bytes, seed_of
 from convbn_compile.local_learning._reported import chosen_exit
 from convbn_compile.local_learning._source import Images
@@ -93,8 +94,6 @@ def test_compiled_steps_are_eager_steps(lowering):
 
 def test_a_block_is_compiled_once_for_all_batches(tmp_path, monkeypatch):
     run, graphs = flux(tmp_path, batch_size_limit=14, memory_budget="1MiB"), []
-    from convbn_compile import lowering
-
     compiled = lowering.lower
     monkeypatch.setattr(
         "convbn_compile.backend.lower", lambda *args, **kwargs: graphs.append(1) or compiled(*args, **kwargs)
@@ -102,6 +101,20 @@ def test_a_block_is_compiled_once_for_all_batches(tmp_path, monkeypatch):
     run.fit(images(), images(24, 2), 1, progress=False)
     assert len(graphs) == 3
     assert all(8 < block.batch_size <= 14 for block in run._plan.blocks)
+
+
+def test_each_of_many_units_is_compiled(tmp_path, monkeypatch):
+    """Dynamo has a limit for all of them, and before torch 2.13 it is below their number by default."""
+    monkeypatch.setattr("torch._dynamo.config.accumulated_recompile_limit", 5)
+    graphs = []
+    lower = lowering.lower
+    monkeypatch.setattr(
+        "convbn_compile.backend.lower", lambda *args, **kwargs: graphs.append(1) or lower(*args, **kwargs)
+    )
+    units = [nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for _ in range(10)]
+    run = flux(tmp_path, [*units, nn.Linear(4, CLASSES)], memory_budget="1MiB")
+    run.profile(torch.randn(2, 4), progress=False)
+    assert len(graphs) == 10
 
 
 def test_a_cached_run_is_the_recomputed_run(tmp_path):
@@ -119,14 +132,61 @@ def test_a_cached_run_is_the_recomputed_run(tmp_path):
 
 
 def test_recomputing_counts_the_weights_before(tmp_path):
+    """Those of units, whose heads are not needed any more, and not of what comes later."""
     caching, recomputing = flux(tmp_path, cache="always"), flux(tmp_path, cache="never")
     for run in (caching, recomputing):
         profiled_as(run, 9, 14, 20)
-    weights = sum(one.nbytes for unit in caching._network.units for one in (*unit.parameters(), *unit.buffers()))
+    weights = [resident_bytes(unit.unit) for unit in caching._network.units]
     with uncompiled():
         plans = [run.plan() for run in (caching, recomputing)]
-    for with_cache, without in zip(*(plan.blocks for plan in plans), strict=False):
-        assert without.resident == with_cache.resident + weights
+    both = zip(*(plan.blocks for plan in plans), strict=True)
+    added = [without.resident - with_cache.resident for with_cache, without in both]
+    assert added == [0, weights[0], weights[0] + weights[1]]
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_choice_that_is_measured_changes_no_values(tmp_path, monkeypatch, double):
+    """What is computed again is rounded as a cache of it would be."""
+    from convbn_compile.local_learning import _inputs
+
+    runs = []
+    given = {"data": images(double=double), "val": images(24, 2, double=double)}
+    narrow = {"cache_dtype": torch.float32 if double else torch.float16}
+    for choices in ("cache cache", "recomputed recomputed", "cache recomputed", "recomputed cache"):
+        made = iter(choices.split())
+        monkeypatch.setattr(_inputs, "choose", lambda _, made=made: (next(made), "chosen"))
+        model = [module.double() if double else module for module in network()]
+        runs.append(fitted(tmp_path / choices, model=model, **given, **narrow))
+        assert [block.source for block in runs[-1]._report.blocks[1:]] == choices.split()
+    for run in runs[1:]:
+        assert not differences(runs[0], run)
+        assert run.exits() == runs[0].exits()
+    exact = fitted(
+        tmp_path / "never",
+        model=[module.double() if double else module for module in network()],
+        cache="never",
+        **given,
+    )
+    assert differences(runs[0], exact)
+
+
+def test_what_is_never_cached_is_not_rounded(tmp_path):
+    """Of augmented images there is no cache."""
+    runs = [
+        fitted(tmp_path / str(dtype), data=Augmented(), cache_dtype=dtype, epochs=1)
+        for dtype in (torch.float32, torch.float16)
+    ]
+    assert not differences(*runs)
+
+
+def test_values_beyond_a_cache_that_is_computed_again(tmp_path, monkeypatch):
+    from convbn_compile.local_learning import _inputs
+
+    monkeypatch.setattr(_inputs, "choose", lambda _: ("recomputed", ""))
+    modules = network()
+    modules[0][1].weight.data.fill_(1e6)
+    with pytest.raises(ValueError, match="cache_dtype: a cache is to hold .*, which is beyond torch.float16"):
+        fitted(tmp_path, model=modules, cache_dtype=torch.float16, epochs=1)
 
 
 def test_a_mutant_of_the_cache_is_seen(tmp_path, monkeypatch):
@@ -276,9 +336,24 @@ def test_the_report(tmp_path, caplog):
 
 
 def test_throughput_is_that_of_the_exit_beside_the_network(tmp_path, monkeypatch):
-    monkeypatch.setattr("convbn_compile.local_learning._reported._seconds", lambda model, _: float(len(model)))
-    report = fitted(tmp_path, epochs=1, exit_tolerance=0.99)._report
-    assert (report.chosen.unit, report.throughput) == (0, 2.0)  # a unit and its head, beside three and the classifier
+    def seconds(module, x):
+        return float(x[0].numel() * sum(1 for _ in module.modules()))
+
+    monkeypatch.setattr("convbn_compile.local_learning._reported._seconds", seconds)
+    run = fitted(tmp_path, epochs=1, exit_tolerance=0.99)
+    sizes = [3 * 64, 8 * 64, 8 * 16, 16 * 4]
+    units, heads = (
+        [sum(1 for _ in getattr(unit, name).modules()) for unit in run._network.units] for name in ("unit", "head")
+    )
+    first = sizes[0] * units[0] + sizes[1] * heads[0]
+    whole = sum(size * number for size, number in zip(sizes, units, strict=False)) + sizes[3] * heads[2]
+    assert (run._report.chosen.unit, run._report.throughput) == (0, whole / first)
+
+
+def test_throughput_is_measured_once(tmp_path, monkeypatch):
+    first = fitted(tmp_path, epochs=1, exit_tolerance=0.99)._report
+    monkeypatch.setattr("convbn_compile.local_learning._reported._seconds", lambda *_: 1 / 0)
+    assert fitted(tmp_path, epochs=1, exit_tolerance=0.99)._report == first
 
 
 def test_the_whole_network_is_as_fast_as_itself(tmp_path):
@@ -418,7 +493,7 @@ class Flipped(Augmented):
 
 
 def test_random_flips_are_found():
-    assert all(Images(Flipped(), CLASSES).augments for _ in range(20))
+    assert all(Images("train", Flipped(), CLASSES).augments for _ in range(20))
 
 
 def test_a_forced_cache_of_augmented_images_is_seeded(tmp_path):
