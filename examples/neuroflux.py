@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import accumulate
@@ -173,13 +173,13 @@ def row(found: Report | str, target: float) -> dict[str, Any]:
     }
 
 
-def plot(found: dict[str, dict[str, Report]], path: Path) -> None:
-    """Accuracy over time."""
+def plot(found: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], path: Path) -> None:
+    """Accuracy over time, from the histories of the contenders for each network."""
     figure = Figure(figsize=(5 * len(found), 4), layout="constrained")
-    for axes, (network, reports) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
-        for name, report in reports.items():
-            best = list(accumulate((max(each["accuracies"]) for each in report.history), max))
-            seconds = [each["seconds"] for each in report.history]
+    for axes, (network, histories) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+        for name, history in histories.items():
+            best = list(accumulate((max(each["accuracies"]) for each in history), max))
+            seconds = [each["seconds"] for each in history]
             axes.step([0, *seconds], [0, *best], where="post", label=name)
         axes.set(xlabel="seconds", ylabel="best accuracy so far", title=network, ylim=(0.5, 1))
         axes.spines[["top", "right"]].set_visible(False)
@@ -235,7 +235,8 @@ def main() -> None:
             for name, (profile, report) in found.items()
         }
     args.out.mkdir(parents=True, exist_ok=True)
-    plot(reports, args.out / "neuroflux.png")
+    histories = {network: {name: one.history for name, one in found.items()} for network, found in reports.items()}
+    plot(histories, args.out / "neuroflux.png")
     write(args.out / "neuroflux.json", figures, **{**vars(args), "out": str(args.out)})
     print(f"Written: {args.out / 'neuroflux.png'}, {args.out / 'neuroflux.json'}")
 
