@@ -31,9 +31,9 @@ class CacheWriter:
 
     def __init__(self, storage: Storage, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self._storage, self._name, self._dtype = storage, name, dtype
-        with storage.writing(name) as self._new:
-            self._rows = _numpy().lib.format.open_memmap(self._new, "w+", str(dtype).removeprefix("torch."), shape)
-            _allocate(self._new)
+        with storage.writing(name) as new:
+            self._rows = _numpy().lib.format.open_memmap(new, "w+", str(dtype).removeprefix("torch."), shape)
+            _allocate(new)
         self._filled = 0
 
     def append(self, rows: Tensor) -> None:
@@ -49,10 +49,11 @@ class CacheWriter:
     def close(self) -> dict[str, str]:
         """Returns: what the manifest is to say of it."""
         assert self._filled == len(self._rows), f"{self._filled} of {len(self._rows)} rows of a cache were written"
-        self._rows.flush()
-        del self._rows
-        entry = {"file": self._name, "sha256": checksum(self._new)}
-        replace_file(self._new, self._storage.path(self._name))
+        with self._storage.writing(self._name) as new:
+            self._rows.flush()
+            del self._rows
+            entry = {"file": self._name, "sha256": checksum(new)}
+            replace_file(new, self._storage.path(self._name))
         return entry
 
 
@@ -73,7 +74,8 @@ class Rounding(nn.Module):
         Raises:
             ValueError: it is out of the range of the cache's dtype.
         """
-        return _rounded(x, self._dtype).to(x.dtype)
+        holds_all = torch.promote_types(x.dtype, self._dtype) == self._dtype
+        return x if holds_all else _rounded(x, self._dtype).to(x.dtype)
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:

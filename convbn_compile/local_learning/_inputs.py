@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -56,7 +56,6 @@ class Inputs:
     state: State
     memory: Offloading
     bar: Bar
-    _intact: set[str] = field(default_factory=set, init=False)
 
     @property
     def base(self) -> int:
@@ -112,7 +111,7 @@ class Inputs:
         """Why there can be no cache of so many bytes; None if there can."""
         if self.training.cache == "never":
             return 'cache="never"'
-        if self._augmented:
+        if self.state.augmented:
             return "images are augmented, and a cache would hold one draw"
         free = self.storage.free
         return f"a cache takes {size / MIB:.1f} MiB, of which {free / MIB:.1f} are free" if free <= size else None
@@ -141,31 +140,27 @@ class Inputs:
         return Through(source, tuple(modules), self.plan.least_batch, self.training.device)
 
     @cached_property
-    def _augmented(self) -> bool:
-        return self.data["train"].augments
-
-    @cached_property
     def _rounding(self) -> tuple[nn.Module, ...]:
         """What a block's output goes through, so that it does not depend on a measured time whether it was cached."""
-        narrow, dtype = self.training.cache_dtype, next(self.network.units[0].parameters()).dtype
-        cached = self.training.cache == "always" or (self.training.cache == "auto" and not self._augmented)
-        return (Rounding(narrow),) if cached and torch.promote_types(narrow, dtype) != narrow else ()
+        cache = self.training.cache
+        cached = cache == "always" or (cache == "auto" and not self.state.augmented)
+        return (Rounding(self.training.cache_dtype),) if cached else ()
 
     # --- caches --------------------------------------------------------------------------------------------------
 
     def _opened(self, split: str) -> Source:
         """The last cache, made again if it is damaged."""
         assert self.state.cache is not None
-        name = self.state.cache[split]["rows"]["file"]
-        if name not in self._intact and not all(map(self.storage.intact, self.state.cache[split].values())):
+        if not all(map(self.storage.intact, self.state.cache[split].values())):
             logger.warning("the cache of %s is missing or damaged: it is made again", split)
             with self.memory.using(range(self._first_unit(self.base))):
                 source = self._through(self.data[split], 0, self.base)
                 self.state.cache[split] = self._written(split, self.state.cuts[-1], source)
             self.storage.commit(self.state.to_dict(), self.state.entries)
-        self._intact.add(name)
-        labels = self.storage.load(self.state.cache[split]["labels"])
-        return Cache(self.storage.path(name), labels, next(self.network.units[0].parameters()).dtype)
+        rows, labels = (self.state.cache[split][name] for name in ("rows", "labels"))
+        return Cache(
+            self.storage.path(rows["file"]), self.storage.load(labels), next(self.network.units[0].parameters()).dtype
+        )
 
     def _written(self, split: str, number: int, source: Source) -> dict[str, Entry]:
         """The outputs of a block, in a cache."""

@@ -84,6 +84,10 @@ def _traced(units: Units, example: Tensor, num_classes: int) -> list[tuple[int, 
             value = _naming(f"unit {unit.name}", unit.module, value.to(there))
             if not isinstance(value, Tensor):
                 raise ValueError(f"unit {unit.name} returns {type(value).__name__}; a unit has to return a tensor.")
+            if value.dtype != like.dtype:
+                raise ValueError(
+                    f"unit {unit.name} returns {value.dtype}; a network has to be of one dtype, here {like.dtype}."
+                )
             shapes.append(tuple(value.shape[1:]))
         logits = _naming("the classifier", units.classifier, value).to(images.device)
     if logits.shape != (len(images), num_classes):

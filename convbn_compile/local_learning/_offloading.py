@@ -1,47 +1,56 @@
 """What of a network is in memory: what is not in use is in the storage, and takes none (offloading).
 
-Only the block in training is in memory, and what its input is computed by (NeuroFlux, arXiv 2402.14139).
+Only the block in training is in memory, and what its input is computed by (NeuroFlux, arXiv 2402.14139). Parameters
+are the same objects meanwhile and afterwards; the memory behind them is new.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from convbn_compile.local_learning._local import LocalUnit
 
-Values = Mapping[str, Tensor]
-"""Of one LocalUnit, by name."""
+Values = dict[str, Any]
+"""A state dict of a LocalUnit."""
 
 Part = tuple[int, str]
 """The number of a LocalUnit, and "unit" or "head"."""
 
 
 class Offloading:
-    """Of the units of a run, none of which has the run's values at first.
+    """Of the units of a run, whose values are at first those of the model, not of the run.
 
     Args:
         units: of the network.
         device: where they are used.
-        values: returns the last values of all of them, as the storage has them.
+        values: returns the last values of the unit with a number, as the storage has them.
     """
 
-    def __init__(
-        self, units: Sequence[LocalUnit], device: torch.device, values: Callable[[], Sequence[Values]]
-    ) -> None:
+    def __init__(self, units: Sequence[LocalUnit], device: torch.device, values: Callable[[int], Values]) -> None:
         self._units, self._device, self._values = units, device, values
-        self._strides = {tensor: tensor.stride() for unit in units for tensor in _stored(unit)}
         self._all = set(product(range(len(units)), ("unit", "head")))
         self._there: set[Part] = set()
+        alone = _alone(units)
+        self._layouts = {
+            part: {name: (one.shape, one.stride()) for name, one in _stored(self._module(part)) if one in alone}
+            for part in self._all
+        }
 
     def use(self, block: range, before: range = range(0)) -> None:
-        """Have in memory a block and, without their heads, the units before it that compute its input; nothing else."""
-        self._use({*product((*before, *block), ("unit",)), *product(block, ("head",))}, self._device)
+        """Have in memory a block and, without their heads, the units before it that compute its input; nothing else.
+
+        What is not there afterwards must be in the storage: a block is trained to its end, or not at all.
+        """
+        self._use({*product((*before, *block), ("unit",)), *product(block, ("head",))})
 
     @contextmanager
     def using(self, before: range) -> Iterator[None]:
@@ -49,43 +58,87 @@ class Offloading:
         parts = set(self._there)
         self.use(range(0), before)
         yield
-        self._use(parts, self._device)
+        self._use(parts)
 
     def bring(self, home: torch.device) -> None:
-        """Have everything in memory, on a device."""
-        self._use(self._all, home)
+        """Have everything in memory, on a device.
+
+        Raises:
+            ValueError: values cannot be read; all others are there.
+        """
+        errors = []
+        for part in sorted(self._all - self._there):
+            self._make_room(part, home)
+            try:
+                self._fill(part, self._values(part[0]))
+            except ValueError as error:
+                errors.append(error)
         for unit in self._units:
             unit.to(home)
+        if errors:
+            raise errors[0]
 
-    def _use(self, parts: set[Part], device: torch.device) -> None:
-        """What is freed must be in the storage: blocks that are trained to their end, or not at all."""
+    def _use(self, parts: set[Part]) -> None:
+        missing = sorted(parts - self._there)
+        values = {number: self._values(number) for number, _ in missing}  # before anything is freed
         self._there &= parts
         for part in self._all - parts:
-            _free(self._module(part))
-        missing = sorted(parts - self._there)
-        values = self._values() if missing else []
-        for number, name in missing:
-            own = {key: value for key, value in values[number].items() if key.startswith(f"{name}.")}
-            self._fill(self._module((number, name)), {key.partition(".")[2]: own[key] for key in own}, device)
-            self._there.add((number, name))
+            self._free(part)
+        for part in missing:
+            self._make_room(part, self._device)
+            self._fill(part, values[part[0]])
 
     def _module(self, part: Part) -> nn.Module:
         number, name = part
         return self._units[number].get_submodule(name)
 
-    def _fill(self, module: nn.Module, values: Values, device: torch.device) -> None:
-        for tensor in _stored(module):
-            tensor.data = torch.empty_strided(tensor.shape, self._strides[tensor], dtype=tensor.dtype, device=device)
-        module.to(device).load_state_dict(values)
+    def _offloaded(self, part: Part) -> Iterator[tuple[str, Tensor]]:
+        return ((name, one) for name, one in _stored(self._module(part)) if name in self._layouts[part])
+
+    def _free(self, part: Part) -> None:
+        """Keep shapes, with a single element of memory, so that what uses a value by mistake comes to nan."""
+        for _, tensor in self._offloaded(part):
+            tensor.data = torch.full((1,) * tensor.dim(), math.nan, dtype=tensor.dtype).expand(tensor.shape)
+            tensor.grad = None
+        self._module(part).to("cpu")
+
+    def _make_room(self, part: Part, device: torch.device) -> None:
+        for name, tensor in self._offloaded(part):
+            new = torch.full(tensor.shape, math.nan, dtype=tensor.dtype, device=device)
+            shape, stride = self._layouts[part][name]
+            if tensor.shape == shape:  # else the model has replaced it
+                new = torch.empty_strided(shape, stride, dtype=tensor.dtype, device=device).copy_(new)
+            tensor.data = new
+        self._module(part).to(device)
+
+    def _fill(self, part: Part, values: Values) -> None:
+        """Of one state dict for a unit and its head, what is for either."""
+        number, name = part
+        own = copy(values)  # with its versions
+        for key in values:
+            if not key.startswith(f"{name}."):
+                del own[key]
+        found = self._units[number].load_state_dict(own, strict=False)
+        assert not found.unexpected_keys, found
+        assert not any(key.startswith(f"{name}.") for key in found.missing_keys), found
+        self._there.add(part)
 
 
-def _stored(module: nn.Module) -> Iterator[Tensor]:
-    """What a module has in a storage, but for counters."""
-    tensors = (value for value in module.state_dict(keep_vars=True).values() if isinstance(value, Tensor))
-    return (tensor for tensor in tensors if tensor.is_floating_point())
+def _stored(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a state dict has of a module that takes memory worth mentioning: no integers."""
+    names = set(module.state_dict())
+    for given in (module.named_parameters, module.named_buffers):
+        for name, tensor in given(remove_duplicate=False):
+            if name in names and (tensor.is_floating_point() or tensor.is_complex()):
+                yield name, tensor
 
 
-def _free(module: nn.Module) -> None:
-    """Keep shapes, with a single element of memory, so that what uses a value by mistake comes to nan."""
-    for tensor in _stored(module):
-        tensor.data = tensor.new_full((1,) * tensor.dim(), math.nan).expand(tensor.shape)
+def _alone(units: Sequence[LocalUnit]) -> set[Tensor]:
+    """The tensors whose memory nothing else has a part of, as far as units know."""
+    tensors = {tensor for unit in units for tensor in (*unit.parameters(), *unit.buffers())}
+    times = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors)
+    return {
+        tensor
+        for tensor in tensors
+        if times[tensor.untyped_storage().data_ptr()] == 1 and tensor.untyped_storage().nbytes() == tensor.nbytes
+    }

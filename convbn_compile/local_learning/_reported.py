@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from convbn_compile.local_learning._local import resident_bytes
 from convbn_compile.local_learning._network import Network
 from convbn_compile.local_learning._state import State
 from convbn_compile.local_learning.partitioner import Plan
 from convbn_compile.local_learning.report import BlockRun, Exit, Report
 
-INFERENCE_BATCH = 32
-"""The largest batch that inference is timed with."""
+THROUGHPUT_BATCH, TURNS = 32, 5
+"""The largest batch that is timed, and how often; the fastest counts."""
 
 
 def chosen_exit(exits: Sequence[Exit], tolerance: float) -> Exit:
@@ -29,55 +29,49 @@ def chosen_exit(exits: Sequence[Exit], tolerance: float) -> Exit:
     return next(each for each in exits if each.accuracy >= best - tolerance)
 
 
-def reported(network: Network, state: State, plan: Plan, tolerance: float) -> Report:
+def reported(network: Network, state: State, plan: Plan, tolerance: float, device: torch.device) -> Report:
     """Of a run that is done, whose network is in eval mode afterwards.
 
     Args:
         network: trained.
-        state: at the end.
+        state: at the end; it gets the chosen exit's throughput if it has not.
         plan: the blocks.
         tolerance: of the chosen exit.
+        device: where images a second are measured, if the whole network fits into the budget; else where it is.
     """
     ends = [network.until(index).eval() for index in range(len(network.units))]
     sizes = [sum(parameter.numel() for parameter in end.parameters()) for end in ends]
     rows = zip(network.units, state.accuracies, sizes, strict=True)
     exits = tuple(Exit(index, unit.name, accuracy, size) for index, (unit, accuracy, size) in enumerate(rows))
-    chosen = chosen_exit(exits, tolerance)
-    ratio = state.inference[-1] / state.inference[chosen.unit]
+    chosen, like = chosen_exit(exits, tolerance), next(network.units[0].parameters())
+    if str(chosen.unit) not in state.throughput:
+        where = device if resident_bytes(ends[-1]) <= plan.memory_budget else like.device
+        batch = min(THROUGHPUT_BATCH, plan.least_batch)
+        images = torch.zeros(batch, *network.input_shape, dtype=like.dtype, device=where)
+        state.throughput[str(chosen.unit)] = _times_faster(ends[chosen.unit], ends[-1], images)
     runs = zip(plan.blocks, state.runs, strict=True)
     blocks = tuple(BlockRun(names=block.names, predicted=block.predicted, **run) for block, run in runs)
-    return Report(plan.memory_budget, blocks, exits, tuple(state.history), chosen, sizes[-1], ratio)
+    throughput = state.throughput[str(chosen.unit)]
+    return Report(plan.memory_budget, blocks, exits, tuple(state.history), chosen, sizes[-1], throughput)
 
 
-def inference_seconds(network: Network, batch: int, device: torch.device) -> list[float]:
-    """Of a batch up to each exit, as the sum of its units', of which one at a time is on the device.
-
-    Args:
-        network: on any device, which it is on afterwards too.
-        batch: the batch size.
-        device: where time is measured.
-    """
-    units, found = 0.0, []
-    shapes = [network.input_shape, *network.shapes]
-    dtype = next(network.units[0].parameters()).dtype
-    for local, both in zip(network.units, pairwise(shapes), strict=True):
-        given, made = (torch.zeros(batch, *shape, dtype=dtype, device=device) for shape in both)
-        units += _seconds(local.unit, given)
-        found.append(units + _seconds(local.head, made))
-    return found
-
-
-@torch.no_grad()
-def _seconds(module: nn.Module, x: Tensor) -> float:
-    """Of a call in eval mode, the fastest of five."""
-    found, tensors = [], (*module.parameters(), *module.buffers())
-    home = tensors[0].device if tensors else x.device
+def _times_faster(exit_: nn.Module, whole: nn.Module, images: Tensor) -> float:
+    """Seconds of the one over those of the other, in turns; both are on the images' device meanwhile."""
+    home = next(whole.parameters()).device
+    if len(list(exit_.children())) == len(list(whole.children())):
+        return 1.0
     try:
-        module.eval().to(x.device)
-        for _ in range(5):
-            began = time.perf_counter()
-            module(x).sum().item()
-            found.append(time.perf_counter() - began)
+        found = [[_seconds(model.to(images.device), images) for model in (exit_, whole)] for _ in range(TURNS)]
     finally:
-        module.to(home)
-    return min(found)
+        exit_.to(home)
+        whole.to(home)
+    shorter, longer = (min(pair[side] for pair in found) for side in (0, 1))
+    return longer / shorter
+
+
+def _seconds(model: nn.Module, images: Tensor) -> float:
+    """Of a call."""
+    began = time.perf_counter()
+    with torch.no_grad():
+        model(images).sum().item()
+    return time.perf_counter() - began

@@ -149,8 +149,8 @@ class Through:
 
     def _output(self, x: Tensor) -> Tensor:
         """Of at most `chunk` images."""
-        missing = x.new_zeros((self.chunk - len(x), *x.shape[1:]))
-        value = torch.cat([x, missing]).to(self.device)
+        filling = x[:1].expand(self.chunk - len(x), *x.shape[1:])  # nothing that a cache might not hold
+        value = torch.cat([x, filling]).to(self.device)
         for unit in self.units:
             value = unit.eval()(value)
         return value[: len(x)]

@@ -17,6 +17,7 @@ class State:
         settings: what a run that goes on must have in common with the one that began.
         plan: names, batch size and predicted bytes of each block.
         start: values before training.
+        augmented: whether images are others when they are read again.
         block: which is trained now, or is to be next; their number at the end.
         epoch: how many epochs of it are done.
         checkpoint: of the block, after the last epoch.
@@ -27,12 +28,13 @@ class State:
         runs: what they took.
         history: of every epoch: block, epoch, seconds since the beginning, losses and accuracies of the block's exits.
         seconds: of the block so far.
-        inference: seconds of a batch up to each exit, at the end.
+        throughput: images a second of exits over those of the whole network, by the number of the unit, at the end.
     """
 
     settings: dict[str, Any]
     plan: list[dict[str, Any]]
     start: Entry
+    augmented: bool
     block: int = 0
     epoch: int = 0
     checkpoint: Entry | None = None
@@ -43,7 +45,7 @@ class State:
     runs: list[dict[str, Any]] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
-    inference: list[float] = field(default_factory=list)
+    throughput: dict[str, float] = field(default_factory=dict)
 
     @property
     def entries(self) -> list[Entry]:

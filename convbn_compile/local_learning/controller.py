@@ -13,9 +13,8 @@ from convbn_compile.local_learning._inputs import Inputs
 from convbn_compile.local_learning._local import seeded
 from convbn_compile.local_learning._network import Network
 from convbn_compile.local_learning._offloading import Offloading, Values
-from convbn_compile.local_learning._reported import INFERENCE_BATCH, inference_seconds
 from convbn_compile.local_learning._source import Images
-from convbn_compile.local_learning._state import State
+from convbn_compile.local_learning._state import Entry, State
 from convbn_compile.local_learning._training import Training, logger, progress_bar
 from convbn_compile.local_learning.partitioner import Plan
 from convbn_compile.local_learning.storage import SPLITS, Storage
@@ -57,23 +56,26 @@ class Controller:
     def run(self) -> None:
         """Train what is left to train. All units are afterwards where the first was, whatever happens."""
         home = next(self.network.units[0].parameters()).device
-        checkpoint = [self.state.checkpoint] if self.state.checkpoint else []
-        for entry in (self.state.start, *self.state.finished, *checkpoint):
-            self.storage.check(entry)
+        for number in range(len(self.network.units)):
+            self._values(number)  # what cannot be read is an error before anything is freed
         try:
             self._run()
         finally:
-            self.memory.bring(home)
-        if not self.state.inference:
-            batch = min(INFERENCE_BATCH, self.plan.least_batch)
-            self.state.inference = inference_seconds(self.network, batch, self.training.device)
-            self.storage.commit(self.state.to_dict(), self.state.entries)
+            try:
+                self.memory.bring(home)
+            except KeyboardInterrupt:
+                self.memory.bring(home)
+                raise
 
-    def _values(self) -> list[Values]:
-        """Of all units when the last block ended."""
-        values = list(self.storage.load(self.state.start, mapped=True))
+    def _values(self, number: int) -> Values:
+        """Of a unit, when the last block ended."""
         for block, entry in zip(self.plan.blocks, self.state.finished, strict=False):
-            values[block.first : block.units.stop] = self.storage.load(entry, mapped=True)
+            if number in block.units:
+                return self._read(entry, number - block.first)
+        return self._read(self.state.start, number)
+
+    def _read(self, entry: Entry, index: int) -> Values:
+        values: Values = self.storage.load(entry, mapped=True)[index]
         return values
 
     def _run(self) -> None:
@@ -83,14 +85,16 @@ class Controller:
                 if self.state.source is None:
                     with self._timed():
                         self.inputs.choose(number)
-                self.inputs.place(number)
+                with self._timed():
+                    self.inputs.place(number)
                 self._train(number)
                 bar.update()
 
     def _train(self, number: int) -> None:
         """A block, from where it is to its end."""
         block, state, training = self.plan.blocks[number], self.state, self.training
-        train, val = (self.inputs.of(split, number) for split in SPLITS)
+        with self._timed():
+            train, val = (self.inputs.of(split, number) for split in SPLITS)
         units = [self.network.units[index] for index in block.units]
         worker = Worker(units, training.optimizer, block.batch_size, training.lr_batch_size, training.epochs)
         if state.checkpoint:
@@ -124,7 +128,8 @@ class Controller:
         if worker.measured > budget:
             took = worker.measured / MIB
             logger.warning("block %d took %.2f MiB, above the budget of %.2f", number, took, budget / MIB)
-        state.finished.append(self.storage.save(f"block_{number}.pt", [unit.state_dict() for unit in worker.units]))
+        with self._timed():
+            state.finished.append(self.storage.save(f"block_{number}.pt", [unit.state_dict() for unit in worker.units]))
         run = {"batch_size": worker.batch_size, "measured": worker.measured, "seconds": state.seconds}
         state.runs.append({**run, "source": state.source})
         state.block, state.epoch, state.source, state.seconds = number + 1, 0, None, 0.0

@@ -240,7 +240,8 @@ class NeuroFlux:
             self.optimizer, self.lr_batch_size, epochs, self.seed, self.cache, self.cache_dtype, self.device
         )
         Controller(network, plan, training, data, storage, state, progress=progress).run()
-        self._report = reported(network, state, plan, self.exit_tolerance)
+        self._report = reported(network, state, plan, self.exit_tolerance, self.device)
+        storage.commit(state.to_dict(), state.entries)
         if self._units.model is not None:
             self._units.model.eval()
 
@@ -306,7 +307,8 @@ class NeuroFlux:
             sizes = [cache_bytes(images, shape, self.cache_dtype) for shape in shapes]
             storage.check_space(max(map(sum, pairwise([0, *sizes])), default=0))
         start = storage.save("start.pt", [unit.state_dict() for unit in network.units])
-        state = State(settings, [asdict(block) for block in plan.blocks], start)
+        augmented = self.cache == "auto" and data["train"].augments
+        state = State(settings, [asdict(block) for block in plan.blocks], start, augmented)
         storage.commit(state.to_dict(), state.entries)
         return state
 

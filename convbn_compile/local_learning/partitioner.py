@@ -145,10 +145,11 @@ class Partitioner:
         needed = self._bytes_at([unit], 1)
         if needed > self._usable:
             least = math.ceil(100 * needed / (1.0 - self.margin) / MIB) / 100
+            before = f" with {unit.before / MIB:.2f} of the units before it" if unit.before else ""
             raise ValueError(
                 f"memory_budget: unit {unit.name} does not fit into {self.memory_budget / MIB:.2f} MiB with a single "
-                f"image, which takes {needed / MIB:.2f} MiB beside a margin of {100 * self.margin:.0f} %. The least "
-                f"budget for it is {least:.2f} MiB."
+                f"image, which takes {needed / MIB:.2f} MiB{before} beside a margin of {100 * self.margin:.0f} %. The "
+                f"least budget for it is {least:.2f} MiB."
             )
 
 

@@ -19,8 +19,9 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -37,9 +38,11 @@ except ModuleNotFoundError:  # not on Windows
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
 OURS = re.compile(
-    r"(start\.pt|checkpoint_\d+_\d+\.pt|block_\d+\.pt|(cache|labels)_\d+_(train|val)\.(npy|pt))(\.new)?|probe\.new"
+    r"(start\.pt|checkpoint_\d+_\d+\.pt|block_\d+\.pt|(cache|labels)_\d+_(train|val)\.(npy|pt))(\.new)?|probe\.new|manifest\.json\.new"
 )
 """Names of the files that the manifest has to name."""
+OF_WRITING = re.compile("inline_container|PytorchStreamWriter")
+"""In the errors of torch.save for a disk that is full; it has no class for them."""
 
 
 class Storage:
@@ -52,6 +55,7 @@ class Storage:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self._used = False
+        self._intact: dict[str, tuple[str, int, int]] = {}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -123,7 +127,7 @@ class Storage:
 
     def _check_new(self) -> None:
         """A run that was killed before its first manifest leaves its beginning at most; the rest is somebody's."""
-        beginning = ("start.", "probe.") if self._used else ()
+        beginning = ("start.", "probe.", MANIFEST) if self._used else ()
         theirs = sorted(file.name for file in self._files() if not file.name.startswith(beginning))
         if theirs:
             raise ValueError(
@@ -153,11 +157,14 @@ class Storage:
         new = self.path(name + ".new")
         try:
             yield new
-        except (OSError, RuntimeError) as error:
-            new.unlink(missing_ok=True)
+        except BaseException as error:
+            with suppress(OSError):
+                new.unlink(missing_ok=True)
+            if not isinstance(error, OSError) and not OF_WRITING.search(str(error)):
+                raise
             raise ValueError(
-                f"storage: {name} cannot be written to {self.folder}: {error}. What was done until the last epoch is "
-                "kept: call fit again with the same storage once there is space."
+                f"storage: {name} cannot be written to {self.folder}: {error}. Call fit again with the same storage "
+                "once it can be: a run goes on after the last epoch that was kept."
             ) from error
 
     def load(self, entry: dict[str, Any], *, mapped: bool = False) -> Any:
@@ -170,25 +177,28 @@ class Storage:
         Raises:
             ValueError: it is not there, or not what was written.
         """
-        self.check(entry)
-        return torch.load(self.path(entry["file"]), map_location="cpu", weights_only=True, mmap=mapped)
-
-    def check(self, entry: dict[str, Any]) -> None:
-        """Refuse to go on from another file than was written.
-
-        Raises:
-            ValueError: it is not there, or not what was written.
-        """
         if not self.intact(entry):
             raise ValueError(
                 f"{self.path(entry['file'])} is missing or damaged: its checksum is not that of the manifest. "
                 "Training cannot go on from it; use a new folder as storage."
             )
+        try:
+            return torch.load(self.path(entry["file"]), map_location="cpu", weights_only=True, mmap=mapped)
+        except UnpicklingError as error:
+            raise ValueError(
+                f"{self.path(entry['file'])} cannot be read as data: a state dict has to be of tensors, numbers and "
+                f"text: {error}"
+            ) from error
 
     def intact(self, entry: dict[str, Any]) -> bool:
-        """Whether a file is what was written."""
+        """Whether a file is what was written; it is read for that once, and again when it has changed."""
         file = self.path(entry["file"])
-        return file.is_file() and checksum(file) == entry["sha256"]
+        if not file.is_file():
+            return False
+        now = (entry["sha256"], file.stat().st_mtime_ns, file.stat().st_size)
+        if self._intact.get(entry["file"]) != now and checksum(file) == entry["sha256"]:
+            self._intact[entry["file"]] = now
+        return self._intact.get(entry["file"]) == now
 
     @property
     def free(self) -> int:

@@ -179,6 +179,18 @@ def test_which_dataset_is_wrong(tmp_path):
         flux(tmp_path).fit(images(), TensorDataset(x, target + 1), 1, progress=False)
 
 
+class Cast(nn.Module):
+    def forward(self, x):
+        return x.double()
+
+
+def test_a_network_of_two_dtypes(tmp_path):
+    first, second, third, head = network()
+    modules = [nn.Sequential(first, Cast()), second.double(), third.double(), head.double()]
+    with pytest.raises(ValueError, match=r"unit 0 returns torch.float64; a network has to be of one dtype, here"):
+        flux(tmp_path, modules).profile(images()[:2][0])
+
+
 def test_a_classifier_that_does_not_take_its_input(tmp_path):
     *modules, _ = network()
     with pytest.raises(ValueError, match="^the classifier: "):

@@ -1,5 +1,6 @@
 """What of a network is in memory while a block is trained, and that all of it is there before and afterwards."""
 
+import numpy
 import pytest
 import torch
 from local_learning.networks import fitted, flux, images, network, profiled_as, uncompiled, values
@@ -41,7 +42,7 @@ def same(units, kept):
 
 def test_what_is_used_is_there_and_nothing_else():
     units, kept = made()
-    memory = Offloading(units, torch.device("cpu"), lambda: kept)
+    memory = Offloading(units, torch.device("cpu"), kept.__getitem__)
     memory.use(range(1, 3), range(1))
     assert in_memory(units) == {(0, "unit"), (1, "unit"), (1, "head"), (2, "unit"), (2, "head")}
     with memory.using(range(2)):
@@ -59,7 +60,7 @@ def test_parameters_are_the_same_ones():
     """Those that an optimizer or the user has."""
     units, kept = made()
     before = {name: (one, one.shape, one.stride(), one.requires_grad) for name, one in units[0].named_parameters()}
-    memory = Offloading(units, torch.device("cpu"), lambda: kept)
+    memory = Offloading(units, torch.device("cpu"), kept.__getitem__)
     memory.use(range(1, 2))
     assert {name: one.shape for name, one in units[0].named_parameters()} == {
         name: old[1] for name, old in before.items()
@@ -73,40 +74,172 @@ def test_parameters_are_the_same_ones():
 def test_values_are_read_where_they_are_missing_only():
     units, kept = made()
     reads = []
-    memory = Offloading(units, torch.device("cpu"), lambda: reads.append(1) or kept)
+    memory = Offloading(units, torch.device("cpu"), lambda number: reads.append(number) or kept[number])
     memory.use(range(2))
     with torch.no_grad():
         next(units[0].parameters()).add_(1)
     memory.use(range(1), range(0))
-    assert len(reads) == 1
+    assert set(reads) == {0, 1}
+    del reads[:]
+    memory.use(range(1), range(0))
+    assert not reads
     assert not same(units[:1], kept[:1])  # what is there stays what it is
 
 
 def test_what_is_in_no_storage_stays():
     units, kept = made()
     units[1].unit.register_buffer("scale", torch.tensor([2.0]), persistent=False)
-    memory = Offloading(units, torch.device("cpu"), lambda: kept)
+    memory = Offloading(units, torch.device("cpu"), kept.__getitem__)
     memory.use(range(1))
     assert units[1].unit.scale == 2.0
     memory.bring(torch.device("cpu"))
     assert units[1].unit.scale == 2.0
 
 
-def test_what_could_not_be_read_is_read_again():
+def test_what_cannot_be_read_frees_nothing():
     units, kept = made()
-    failing = [True]
 
-    def read():
-        if failing.pop():
-            raise OSError("damaged")
-        return kept
+    def read(number):
+        raise ValueError(f"unit {number} is damaged")
 
     memory = Offloading(units, torch.device("cpu"), read)
-    with pytest.raises(OSError, match="damaged"):
-        memory.use(range(1))
-    failing.append(False)
+    with pytest.raises(ValueError, match="unit 1 is damaged"):
+        memory.use(range(1, 2))
+    assert same(units, kept)
+
+
+def test_what_can_be_read_is_brought():
+    units, kept = made()
+    damaged = [1]
+
+    def read(number):
+        if number in damaged:
+            raise ValueError(f"unit {number} is damaged")
+        return kept[number]
+
+    memory = Offloading(units, torch.device("cpu"), read)
+    memory.use(range(1))
+    with pytest.raises(ValueError, match="unit 1 is damaged"):
+        memory.bring(torch.device("cpu"))
+    assert in_memory(units) == {(number, name) for number in (0, 2) for name in ("unit", "head")}
+    damaged.clear()
     memory.bring(torch.device("cpu"))
     assert same(units, kept)
+
+
+def test_gradients_of_what_is_not_there_are_freed():
+    units, kept = made()
+    for one in units[1].parameters():
+        one.grad = torch.ones_like(one)
+    Offloading(units, torch.device("cpu"), kept.__getitem__).use(range(1))
+    assert all(one.grad is None for one in units[1].parameters())
+
+
+class Versioned(nn.Module):
+    """Converts what older versions wrote."""
+
+    _version = 2
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8, 1, 1))
+
+    def forward(self, x):
+        return x * self.weight
+
+    def _load_from_state_dict(self, state, prefix, metadata, *more):
+        if metadata.get("version") != 2:
+            state[prefix + "weight"] = 100 * state[prefix + "weight"]
+        super()._load_from_state_dict(state, prefix, metadata, *more)
+
+
+class Average(nn.Module):
+    """With a buffer that forward puts another tensor in place of."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean((0, 2, 3))
+        return x - self.mean.view(1, -1, 1, 1)
+
+
+class Complex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.phase = nn.Parameter(torch.ones(8, 1, 1, dtype=torch.complex64))
+
+    def forward(self, x):
+        return (x * self.phase).real
+
+
+class Views(nn.Module):
+    """With two parameters in one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        both = torch.ones(2, 8, 1, 1)
+        self.scale, self.again = nn.Parameter(both[0]), nn.Parameter(both[1])
+
+    def forward(self, x):
+        return x * self.scale * self.again
+
+
+MODULES = {
+    "versions": Versioned,
+    "a buffer that is replaced": Average,
+    "complex numbers": Complex,
+    "views": Views,
+    "a parametrization": lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1)),
+    "spectral norm": lambda: nn.utils.spectral_norm(nn.Conv2d(8, 8, 1)),
+    "nothing to keep": nn.Identity,
+}
+
+
+@pytest.mark.parametrize("case", MODULES)
+def test_modules(case, tmp_path):
+    """Values after a run are those that its files have, and it is the same run whether its block was freed or not."""
+    runs = []
+    for cache in ("always", "never"):
+        torch.manual_seed(3)
+        first, *others = network()
+        run = fitted(tmp_path / cache, model=[nn.Sequential(first, MODULES[case]()), *others], cache=cache)
+        runs.append(run)
+        found = values(run)
+        for number, unit in enumerate(run._network.units):
+            (state,) = torch.load(tmp_path / cache / f"block_{number}.pt")
+            assert all(torch.equal(found[f"{unit.name}.{name}"], value) for name, value in state.items())
+            assert not any(value.isnan().any() for value in state.values())
+    one, other = map(values, runs)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_parameters_of_one_tensor_stay_in_it(tmp_path):
+    first, *others = network()
+    views = Views()
+    fitted(tmp_path, model=[nn.Sequential(first, views), *others], epochs=1)
+    assert views.scale.untyped_storage().data_ptr() == views.again.untyped_storage().data_ptr()
+
+
+class Secret(nn.Sequential):
+    """With a state that is no data."""
+
+    def get_extra_state(self):
+        return {"rate": numpy.float64(0.1)}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_a_state_that_cannot_be_read(tmp_path):
+    first, *others = network()
+    modules = [Secret(first), *others]
+    before = [value.clone() for module in others for value in module.state_dict().values()]
+    with pytest.raises(ValueError, match="start.pt cannot be read as data: a state dict has to be of tensors"):
+        fitted(tmp_path, model=modules, epochs=1)
+    assert all(map(torch.equal, (value for module in others for value in module.state_dict().values()), before))
 
 
 WAYS = {"always": [0, 0, 0], "never": [0, 1, 2]}
@@ -174,14 +307,41 @@ def test_an_error_leaves_the_network_with_values(tmp_path, monkeypatch):
         assert all(torch.equal(value, old[name]) for name, value in state.items())
 
 
-def test_damaged_values_leave_the_network_as_it_was(tmp_path):
-    fitted(tmp_path, epochs=1)
-    file = tmp_path / "start.pt"
-    file.write_bytes(file.read_bytes()[:-1])
+def test_a_second_interrupt_leaves_the_network_with_values(tmp_path, monkeypatch):
+    modules, bring, calls = network(), Offloading.bring, []
+
+    def interrupted(self, home):
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        bring(self, home)
+
+    monkeypatch.setattr(Offloading, "bring", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fitted(tmp_path, model=modules, epochs=1)
+    assert not any(value.isnan().any() for module in modules for value in module.state_dict().values())
+
+
+@pytest.mark.parametrize("file", ["start.pt", "block_0.pt"])
+def test_damaged_values_leave_the_network_as_it_was(file, tmp_path, monkeypatch):
+    """Also those that a run needs late."""
+    accuracies, calls = Worker.accuracies, []
+
+    def stopped(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return accuracies(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "accuracies", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            fitted(tmp_path, epochs=2)
+    (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:-1])
     modules = network(seed=3)
     before = [value.clone() for module in modules for value in module.state_dict().values()]
-    with pytest.raises(ValueError, match="start.pt is missing or damaged"):
-        fitted(tmp_path, model=modules, epochs=1)
+    with pytest.raises(ValueError, match=f"{file} is missing or damaged"):
+        fitted(tmp_path, model=modules, epochs=2)
     after = [value for module in modules for value in module.state_dict().values()]
     assert all(map(torch.equal, after, before))
 

@@ -198,12 +198,12 @@ def test_a_full_disk(tmp_path, monkeypatch):
         saves.append(file)
         if len(saves) == 3:
             file.write_bytes(b"half")
-            raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file")
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
         save(value, file)
 
     with monkeypatch.context() as patch:
         patch.setattr(storage.torch, "save", full)
-        with pytest.raises(ValueError, match=r"storage: checkpoint_0_1.pt cannot be written to .*PytorchStreamWriter"):
+        with pytest.raises(ValueError, match=r"storage: checkpoint_0_1.pt cannot be written to .*unexpected pos"):
             fitted(tmp_path)
     assert not list(tmp_path.glob("*.new"))
     assert len(fitted(tmp_path).exits()) == 3
@@ -214,3 +214,48 @@ def test_a_full_disk_for_a_cache(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"cache_0_train.npy cannot be written to .*No space left on device"):
         fitted(tmp_path, cache="always")
     assert not list(tmp_path.glob("*.new"))
+
+
+def test_other_errors_of_writing_stay_what_they_are(tmp_path):
+    """Out of memory on a device is no full disk."""
+
+    def write():
+        with Storage(tmp_path).writing("start.pt") as new:
+            new.write_bytes(b"half")
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="^out of memory$"):
+        write()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_manifest_that_cannot_be_written(tmp_path, monkeypatch):
+    from convbn_compile.local_learning import storage
+
+    def full(new, old):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage, "replace_file", full)
+    with pytest.raises(ValueError, match=r"manifest.json cannot be written to .*No space left on device"):
+        Storage(tmp_path).commit({}, [])
+    with pytest.raises(ValueError, match=r"start.pt cannot be written to .*No space left on device"):
+        Storage(tmp_path).save("start.pt", [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_are_read_for_their_checksum_once(tmp_path, monkeypatch):
+    from convbn_compile.local_learning import storage
+
+    reads, checksum = [], storage.checksum
+    here = Storage(tmp_path)
+    entry = here.save("start.pt", [torch.ones(3)])
+    monkeypatch.setattr(storage, "checksum", lambda file: reads.append(file) or checksum(file))
+    assert here.intact(entry)
+    assert here.intact(entry)
+    assert len(reads) == 1
+    here.path("start.pt").write_bytes(b"other")
+    assert not here.intact(entry)
+    assert not here.intact(entry)
+    here.save("start.pt", [torch.ones(3)])
+    assert here.intact(entry)
+    assert not here.intact({**entry, "sha256": "0"})
