@@ -163,7 +163,20 @@ class Average(nn.Module):
     def forward(self, x):
         if self.training:
             self.mean = 0.9 * self.mean + 0.1 * x.detach().mean((0, 2, 3))
-        return x - self.mean.view(1, -1, 1, 1)
+        return x - self.mean.reshape(1, -1, 1, 1)
+
+
+class Growing(Average):
+    """With one of another shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = torch.zeros(1, 1)
+
+    def forward(self, x):
+        if self.training:
+            self.mean = self.mean.reshape(-1).repeat(8)[:8]
+        return super().forward(x)
 
 
 class Complex(nn.Module):
@@ -187,11 +200,25 @@ class Views(nn.Module):
         return x * self.scale * self.again
 
 
+class Tied(nn.Module):
+    """With two parameters that are one."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8, 1, 1))
+        self.again = nn.Parameter(self.scale.data)
+
+    def forward(self, x):
+        return x * self.scale * self.again
+
+
 MODULES = {
     "versions": Versioned,
     "a buffer that is replaced": Average,
+    "a buffer that grows": Growing,
     "complex numbers": Complex,
     "views": Views,
+    "two in one": Tied,
     "a parametrization": lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1)),
     "spectral norm": lambda: nn.utils.spectral_norm(nn.Conv2d(8, 8, 1)),
     "nothing to keep": nn.Identity,
@@ -216,11 +243,19 @@ def test_modules(case, tmp_path):
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_parameters_of_one_tensor_stay_in_it(tmp_path):
+@pytest.mark.parametrize("kind", [Views, Tied])
+def test_parameters_of_one_tensor_stay_in_it(kind, tmp_path):
     first, *others = network()
-    views = Views()
-    fitted(tmp_path, model=[nn.Sequential(first, views), *others], epochs=1)
-    assert views.scale.untyped_storage().data_ptr() == views.again.untyped_storage().data_ptr()
+    both = kind()
+    fitted(tmp_path, model=[nn.Sequential(first, both), *others], epochs=1)
+    assert both.scale.untyped_storage().data_ptr() == both.again.untyped_storage().data_ptr()
+
+
+def test_complex_numbers_are_freed():
+    units, kept = made(1)
+    units[0].unit.register_parameter("phase", nn.Parameter(torch.ones(1000, dtype=torch.complex64)))
+    Offloading(units, torch.device("cpu"), kept.__getitem__).use(range(0))
+    assert resident_bytes(units[0]) < 1000
 
 
 class Secret(nn.Sequential):
@@ -264,6 +299,28 @@ def test_a_block_and_what_computes_its_input_are_there(cache, tmp_path, monkeypa
     assert seen == [each for each in expected for _ in range(2)]
     assert during == ([{(0, "unit")}] * 2 + [{(1, "unit")}] * 2 if cache == "always" else [])
     assert in_memory(units) == {(index, name) for index in range(3) for name in ("unit", "head")}
+
+
+def test_no_block_is_there_while_a_damaged_cache_is_made_again(tmp_path, monkeypatch):
+    accuracies, calls = Worker.accuracies, []
+
+    def stopped(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return accuracies(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "accuracies", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            fitted(tmp_path, epochs=2, cache="always")
+    (tmp_path / "cache_0_train.npy").unlink()
+    run, during, written = profiled_as(flux(tmp_path, cache="always"), 9, 14, 20), [], _inputs.Inputs._written
+    units = run._network.units
+    monkeypatch.setattr(_inputs.Inputs, "_written", lambda *args: during.append(in_memory(units)) or written(*args))
+    with uncompiled():
+        run.fit(images(), images(24, 2), 2, progress=False)
+    assert during[0] == {(0, "unit")}
 
 
 def test_measured_bytes_have_what_is_there(tmp_path, monkeypatch):

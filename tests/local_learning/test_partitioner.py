@@ -43,7 +43,8 @@ def test_what_is_before_a_block_counts_once():
 
 
 def test_a_unit_that_does_not_fit_beside_those_before_it():
-    with pytest.raises(ValueError, match="unit b does not fit into .* The least budget for it is 2.00 MiB"):
+    message = "which takes 2.00 MiB with 1.50 of the units before it beside .* The least budget for it is 2.00 MiB"
+    with pytest.raises(ValueError, match=message):
         partitioner(2**20).plan([unit("a", 2**19, 0, 1), unit("b", 2**19, 0, 1, before=3 * 2**19 - 1)])
 
 

@@ -243,6 +243,13 @@ def test_a_manifest_that_cannot_be_written(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_was_killed_before_its_first_manifest(tmp_path):
+    for name in (".lock", "start.pt", "manifest.json.new"):
+        (tmp_path / name).write_text("half")
+    assert fitted(tmp_path, epochs=1).exits()
+    assert not (tmp_path / "manifest.json.new").exists()
+
+
 def test_files_are_read_for_their_checksum_once(tmp_path, monkeypatch):
     from convbn_compile.local_learning import storage
 
@@ -253,7 +260,8 @@ def test_files_are_read_for_their_checksum_once(tmp_path, monkeypatch):
     assert here.intact(entry)
     assert here.intact(entry)
     assert len(reads) == 1
-    here.path("start.pt").write_bytes(b"other")
+    content = here.path("start.pt").read_bytes()
+    here.path("start.pt").write_bytes(content[::-1])
     assert not here.intact(entry)
     assert not here.intact(entry)
     here.save("start.pt", [torch.ones(3)])

@@ -189,6 +189,26 @@ def test_values_beyond_a_cache_that_is_computed_again(tmp_path, monkeypatch):
         fitted(tmp_path, model=modules, cache_dtype=torch.float16, epochs=1)
 
 
+class Inverse(nn.Module):
+    """Beyond float16 where an image is 0."""
+
+    def forward(self, x):
+        return x / (x.abs().mean((1, 2, 3), keepdim=True) + 1e-9) + 1e-5 / (
+            x.square().mean((1, 2, 3), keepdim=True) + 1e-12
+        )
+
+
+def test_only_images_are_looked_at_for_what_a_cache_holds(tmp_path, monkeypatch):
+    """And nothing that a batch is filled up with."""
+    from convbn_compile.local_learning import _inputs
+
+    monkeypatch.setattr(_inputs, "choose", lambda _: ("recomputed", ""))
+    first, *others = network()
+    assert fitted(
+        tmp_path, model=[nn.Sequential(Inverse(), first[0], nn.ReLU()), *others], cache_dtype=torch.float16, epochs=1
+    ).exits()
+
+
 def test_a_mutant_of_the_cache_is_seen(tmp_path, monkeypatch):
     from convbn_compile.local_learning._cache import CacheWriter
 
