@@ -38,7 +38,7 @@ except ModuleNotFoundError:  # not on Windows
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
 OURS = re.compile(
-    r"(start\.pt|checkpoint_\d+_\d+\.pt|block_\d+\.pt|(cache|labels)_\d+_(train|val)\.(npy|pt))(\.new)?|probe\.new|manifest\.json\.new"
+    r"(start\.pt|checkpoint_\d+_\d+\.pt|block_\d+\.pt|(cache|labels)_\d+_(train|val)\.(npy|pt))(\.new)?|probe\.new"
 )
 """Names of the files that the manifest has to name."""
 OF_WRITING = re.compile("inline_container|PytorchStreamWriter")
@@ -127,7 +127,7 @@ class Storage:
 
     def _check_new(self) -> None:
         """A run that was killed before its first manifest leaves its beginning at most; the rest is somebody's."""
-        beginning = ("start.", "probe.", MANIFEST) if self._used else ()
+        beginning = ("start.", "probe.") if self._used else ()
         theirs = sorted(file.name for file in self._files() if not file.name.startswith(beginning))
         if theirs:
             raise ValueError(

@@ -251,6 +251,16 @@ def test_parameters_of_one_tensor_stay_in_it(kind, tmp_path):
     assert both.scale.untyped_storage().data_ptr() == both.again.untyped_storage().data_ptr()
 
 
+def test_a_part_of_a_larger_tensor_stays_in_it(tmp_path):
+    first, *others = network()
+    flat = torch.cat([parameter.detach().flatten() for parameter in first.parameters()])
+    parts = flat.split([parameter.numel() for parameter in first.parameters()])
+    for parameter, part in zip(first.parameters(), parts, strict=True):
+        parameter.data = part.view_as(parameter)
+    fitted(tmp_path, model=[first, *others], epochs=1, cache="always")
+    assert torch.equal(flat, torch.cat([parameter.detach().flatten() for parameter in first.parameters()]))
+
+
 def test_complex_numbers_are_freed():
     units, kept = made(1)
     units[0].unit.register_parameter("phase", nn.Parameter(torch.ones(1000, dtype=torch.complex64)))
@@ -375,7 +385,7 @@ def test_a_second_interrupt_leaves_the_network_with_values(tmp_path, monkeypatch
 
     monkeypatch.setattr(Offloading, "bring", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        fitted(tmp_path, model=modules, epochs=1)
+        fitted(tmp_path, model=modules, epochs=1, cache="always")
     assert not any(value.isnan().any() for module in modules for value in module.state_dict().values())
 
 

@@ -243,13 +243,6 @@ def test_a_manifest_that_cannot_be_written(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_was_killed_before_its_first_manifest(tmp_path):
-    for name in (".lock", "start.pt", "manifest.json.new"):
-        (tmp_path / name).write_text("half")
-    assert fitted(tmp_path, epochs=1).exits()
-    assert not (tmp_path / "manifest.json.new").exists()
-
-
 def test_files_are_read_for_their_checksum_once(tmp_path, monkeypatch):
     from convbn_compile.local_learning import storage
 
