@@ -104,11 +104,11 @@ class Offloading:
 
     def _make_room(self, part: Part, device: torch.device) -> None:
         for name, tensor in self._offloaded(part):
-            new = torch.full(tensor.shape, math.nan, dtype=tensor.dtype, device=device)
             shape, stride = self._layouts[part][name]
-            if tensor.shape == shape:  # else the model has replaced it
-                new = torch.empty_strided(shape, stride, dtype=tensor.dtype, device=device).copy_(new)
-            tensor.data = new
+            like = {"dtype": tensor.dtype, "device": device}
+            same = tensor.shape == shape  # else the model has replaced it
+            new = torch.empty_strided(shape, stride, **like) if same else torch.empty(tensor.shape, **like)
+            tensor.data = new.fill_(math.nan)
         self._module(part).to(device)
 
     def _fill(self, part: Part, values: Values) -> None:

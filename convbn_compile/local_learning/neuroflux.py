@@ -50,7 +50,7 @@ class NeuroFlux:
         num_classes: of the classifier.
         memory_budget: of a step at its peak: bytes, or text such as "300MiB" or "2GiB". Weights, gradients, the
             optimizer's state, activations and what operators need inside count; images that a loader holds, and what a
-            process or CUDA context needs without tensors, do not. Other blocks are in the storage meanwhile.
+            process or CUDA context needs without tensors, do not. Other blocks are in the storage while one is trained.
         storage: a folder for caches, finished blocks and checkpoints. A run that was killed goes on from there.
         batch_size_limit: the largest batch.
         similarity: by how much, relatively, batches of units in a block may differ.
