@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from convbn_compile._extras import require
-from convbn_compile.local_learning._disk import checksum, replace_file
 from convbn_compile.local_learning.storage import Storage
 
 
@@ -52,9 +51,7 @@ class CacheWriter:
         with self._storage.writing(self._name) as new:
             self._rows.flush()
             del self._rows
-            entry = {"file": self._name, "sha256": checksum(new)}
-            replace_file(new, self._storage.path(self._name))
-        return entry
+            return self._storage.keep(new, self._name)
 
 
 class Rounding(nn.Module):
@@ -82,8 +79,8 @@ def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     stored = x.to(dtype)
     if stored.isinf().any() and not x.isinf().any():
         raise ValueError(
-            f"cache_dtype: a cache is to hold {x.abs().max().item():g}, which is beyond {dtype}. Begin again with "
-            "cache_dtype=torch.float32, in another folder."
+            f"cache_dtype: a cache is to hold {x.abs().max().item():g}, which is beyond {dtype}. Begin again with a "
+            'wider one in another folder, or with cache="never".'
         )
     return stored
 

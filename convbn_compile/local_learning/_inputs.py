@@ -78,15 +78,15 @@ class Inputs:
     # --- the choice ----------------------------------------------------------------------------------------------
 
     def choose(self, number: int) -> None:
-        """Decide how a block gets its input, write its cache if it has one, and commit."""
+        """Decide how a block gets its input, and write its cache if it has one; what is then to be committed."""
         self.memory.use(range(0), self._before(number))
         how, why = self._choice(number)
         logger.info("block %d: its input is %s: %s", number, "cached" if how == "cache" else how, why)
-        self.state.source = how
         if how == "cache":
-            self.state.cache = {split: self._written(split, number - 1, self.of(split, number)) for split in SPLITS}
+            sources = {split: self.of(split, number) for split in SPLITS}
+            self.state.cache = {split: self._written(split, number - 1, sources[split]) for split in SPLITS}
             self.state.cuts.append(number - 1)
-        self.storage.commit(self.state.to_dict(), self.state.entries)
+        self.state.source = how
 
     def _choice(self, number: int) -> tuple[str, str]:
         """Returns "cache" or "recomputed", and why."""
@@ -104,7 +104,8 @@ class Inputs:
         began, indices = time.perf_counter(), in_order(min(len(source), TIMED * batch), batch)
         timed = sum(len(target) for _, target in source.batches(indices))
         seconds = (time.perf_counter() - began) / timed
-        speed = speed_of(self.storage.folder, self.storage.free)
+        with self.storage.writing("probe"):
+            speed = speed_of(self.storage.folder, self.storage.free)
         return choose(Costs(images, self.training.epochs, seconds, size, speed, fits))
 
     def _no_cache(self, size: int) -> str | None:

@@ -1,16 +1,16 @@
-"""What of a network is in memory: what is not in use is in the storage, and takes none (offloading).
+"""What of a network is in memory: what is not in use is in the storage (offloading).
 
 Only the block in training is in memory, and what its input is computed by (NeuroFlux, arXiv 2402.14139). Parameters
-are the same objects meanwhile and afterwards; the memory behind them is new.
+are the same objects meanwhile and afterwards; the memory behind them is new. What is left in memory are integers, what
+is in no state dict, and what shares its memory with other tensors.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
 from itertools import product
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from convbn_compile.local_learning._local import LocalUnit
 
-Values = dict[str, Any]
+Values = Mapping[str, Any]
 """A state dict of a LocalUnit."""
 
 Part = tuple[int, str]
@@ -39,6 +39,7 @@ class Offloading:
         self._units, self._device, self._values = units, device, values
         self._all = set(product(range(len(units)), ("unit", "head")))
         self._there: set[Part] = set()
+        self._freed: set[Part] = set()
         alone = _alone(units)
         self._layouts = {
             part: {name: (one.shape, one.stride()) for name, one in _stored(self._module(part)) if one in alone}
@@ -64,15 +65,16 @@ class Offloading:
         """Have everything in memory, on a device.
 
         Raises:
-            ValueError: values cannot be read; all others are there.
+            Exception: values cannot be read, and are nan where they were freed; all others are there.
         """
-        errors = []
+        cpu, errors = torch.device("cpu"), []
         for part in sorted(self._all - self._there):
-            self._make_room(part, home)
             try:
-                self._fill(part, self._values(part[0]))
-            except ValueError as error:
+                self._fill(part, self._values(part[0]), cpu)
+            except Exception as error:  # noqa: BLE001  the rest is brought first
                 errors.append(error)
+        for part in self._freed:
+            self._make_room(part, cpu)
         for unit in self._units:
             unit.to(home)
         if errors:
@@ -80,13 +82,12 @@ class Offloading:
 
     def _use(self, parts: set[Part]) -> None:
         missing = sorted(parts - self._there)
-        values = {number: self._values(number) for number, _ in missing}  # before anything is freed
-        self._there &= parts
+        values = {number: self._values(number) for number in {number for number, _ in missing}}
+        self._there &= parts  # what can be read is freed now, not before
         for part in self._all - parts:
             self._free(part)
         for part in missing:
-            self._make_room(part, self._device)
-            self._fill(part, values[part[0]])
+            self._fill(part, values[part[0]], self._device)
 
     def _module(self, part: Part) -> nn.Module:
         number, name = part
@@ -101,27 +102,31 @@ class Offloading:
             tensor.data = torch.full((1,) * tensor.dim(), math.nan, dtype=tensor.dtype).expand(tensor.shape)
             tensor.grad = None
         self._module(part).to("cpu")
+        self._freed.add(part)
 
     def _make_room(self, part: Part, device: torch.device) -> None:
         for name, tensor in self._offloaded(part):
+            new = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
             shape, stride = self._layouts[part][name]
-            like = {"dtype": tensor.dtype, "device": device}
-            same = tensor.shape == shape  # else the model has replaced it
-            new = torch.empty_strided(shape, stride, **like) if same else torch.empty(tensor.shape, **like)
+            if tensor.shape == shape:  # else the model has replaced it
+                new = torch.empty_strided(shape, stride, dtype=tensor.dtype, device=device)
             tensor.data = new.fill_(math.nan)
         self._module(part).to(device)
 
-    def _fill(self, part: Part, values: Values) -> None:
-        """Of one state dict for a unit and its head, what is for either."""
-        number, name = part
-        own = copy(values)  # with its versions
-        for key in values:
-            if not key.startswith(f"{name}."):
-                del own[key]
-        found = self._units[number].load_state_dict(own, strict=False)
-        assert not found.unexpected_keys, found
-        assert not any(key.startswith(f"{name}.") for key in found.missing_keys), found
+    def _fill(self, part: Part, values: Values, device: torch.device) -> None:
+        self._make_room(part, device)
+        self._module(part).load_state_dict(_of_part(values, part[1]))
+        self._freed.discard(part)
         self._there.add(part)
+
+
+def _of_part(values: Values, name: str) -> Values:
+    """What a state dict of a LocalUnit has for its unit or its head, with the versions of modules."""
+    cut = len(f"{name}.")
+    own = OrderedDict((key[cut:], value) for key, value in values.items() if key.startswith(f"{name}."))
+    versions = getattr(values, "_metadata", {}).items()
+    vars(own)["_metadata"] = {key[cut:]: each for key, each in versions if f"{key}.".startswith(f"{name}.")}
+    return own
 
 
 def _stored(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -17,7 +17,7 @@ LOOKED_AT = 16
 """Images of a dataset by which augmentation is found."""
 
 Batch = tuple[Tensor, Tensor]
-"""Images, or what a unit made of them, [b, ...], and their classes, int64 [b]; both on the CPU."""
+"""Images, or what a unit on a device made of them, [b, ...], and their classes on the CPU, int64 [b]."""
 
 
 class Source(Protocol):

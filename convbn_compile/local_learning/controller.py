@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
+import torch
+
 from convbn_compile.estimate import MIB
 from convbn_compile.local_learning._inputs import Inputs
 from convbn_compile.local_learning._local import seeded
@@ -61,11 +63,19 @@ class Controller:
         try:
             self._run()
         finally:
+            self._bring(home)
+
+    def _bring(self, home: torch.device) -> None:
+        """However often that is interrupted."""
+        interrupt: KeyboardInterrupt | None = None
+        while True:
             try:
                 self.memory.bring(home)
-            except KeyboardInterrupt:
-                self.memory.bring(home)
-                raise
+                break
+            except KeyboardInterrupt as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
 
     def _values(self, number: int) -> Values:
         """Of a unit, when the last block ended."""
@@ -85,6 +95,7 @@ class Controller:
                 if self.state.source is None:
                     with self._timed():
                         self.inputs.choose(number)
+                    self.storage.commit(self.state.to_dict(), self.state.entries)
                 with self._timed():
                     self.inputs.place(number)
                 self._train(number)

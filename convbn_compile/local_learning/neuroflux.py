@@ -241,9 +241,10 @@ class NeuroFlux:
         )
         Controller(network, plan, training, data, storage, state, progress=progress).run()
         self._report = reported(network, state, plan, self.exit_tolerance, self.device)
-        storage.commit(state.to_dict(), state.entries)
         if self._units.model is not None:
             self._units.model.eval()
+        if state.to_dict() != manifest:
+            storage.commit(state.to_dict(), state.entries)
 
     def exits(self) -> tuple[Exit, ...]:
         """All exits, with accuracy and parameters.
@@ -307,6 +308,7 @@ class NeuroFlux:
             sizes = [cache_bytes(images, shape, self.cache_dtype) for shape in shapes]
             storage.check_space(max(map(sum, pairwise([0, *sizes])), default=0))
         start = storage.save("start.pt", [unit.state_dict() for unit in network.units])
+        storage.load(start, mapped=True)  # what cannot be read is no beginning
         augmented = self.cache == "auto" and data["train"].augments
         state = State(settings, [asdict(block) for block in plan.blocks], start, augmented)
         storage.commit(state.to_dict(), state.entries)

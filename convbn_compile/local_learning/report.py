@@ -38,7 +38,7 @@ class BlockRun:
         batch_size: of training.
         predicted: bytes of a step at the peak, by the plan.
         measured: the same, measured.
-        seconds: of training, evaluation, checkpoints, and writing its cache.
+        seconds: of all of it, from the choice of its input to its last file.
         source: where its input came from: "data", "cache" or "recomputed".
     """
 

@@ -41,8 +41,8 @@ OURS = re.compile(
     r"(start\.pt|checkpoint_\d+_\d+\.pt|block_\d+\.pt|(cache|labels)_\d+_(train|val)\.(npy|pt))(\.new)?|probe\.new"
 )
 """Names of the files that the manifest has to name."""
-OF_WRITING = re.compile("inline_container|PytorchStreamWriter")
-"""In the errors of torch.save for a disk that is full; it has no class for them."""
+OF_WRITING = re.compile("inline_container|PytorchStreamWriter|cannot be opened|Parent directory")
+"""In the errors of torch.save for a file that cannot be written; it has no class for them."""
 
 
 class Storage:
@@ -143,8 +143,17 @@ class Storage:
         """
         with self.writing(name) as new:
             torch.save(value, new)
-            entry = {"file": name, "sha256": checksum(new)}
-            replace_file(new, self.path(name))
+            return self.keep(new, name)
+
+    def keep(self, new: Path, name: str) -> dict[str, str]:
+        """Put what was written in its place.
+
+        Returns:
+            What the manifest is to say of it.
+        """
+        entry = {"file": name, "sha256": checksum(new)}
+        replace_file(new, self.path(name))
+        self._intact[name] = self._signature(entry)
         return entry
 
     @contextmanager
@@ -195,10 +204,15 @@ class Storage:
         file = self.path(entry["file"])
         if not file.is_file():
             return False
-        now = (entry["sha256"], file.stat().st_mtime_ns, file.stat().st_size)
+        now = self._signature(entry)
         if self._intact.get(entry["file"]) != now and checksum(file) == entry["sha256"]:
             self._intact[entry["file"]] = now
         return self._intact.get(entry["file"]) == now
+
+    def _signature(self, entry: dict[str, Any]) -> tuple[str, int, int]:
+        """By which a file is known again."""
+        found = self.path(entry["file"]).stat()
+        return entry["sha256"], found.st_mtime_ns, found.st_size
 
     @property
     def free(self) -> int:

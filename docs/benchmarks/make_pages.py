@@ -146,10 +146,11 @@ def _gained(found: Mapping[str, Data]) -> list[str]:
     """In the order of PAPER."""
     ours, theirs = found["NeuroFlux"]["report"], found["backprop"]["report"]
     reached = min(_best(ours), _best(theirs))
-    ratio = f"{_seconds_to(theirs, reached) / _seconds_to(ours, reached):.1f} times"
+    ratio = _seconds_to(theirs, reached) / _seconds_to(ours, reached)
+    time = f"{ratio:.1f} times faster" if ratio >= 1 else f"{1 / ratio:.1f} times slower"
     chosen = ours["chosen"]
     return [
-        f"{ratio} faster" if reached == _best(theirs) else f"not reached; {ratio} to {reached:.3f}",
+        time if reached == _best(theirs) else f"not reached; {time} to {reached:.3f}",
         f"{ours['parameters'] / chosen['parameters']:.1f} times fewer",
         f"{ours['throughput']:.1f} times",
         f"{chosen['accuracy']:.3f}, {_best(theirs):.3f}",

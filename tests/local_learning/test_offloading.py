@@ -127,6 +127,26 @@ def test_what_can_be_read_is_brought():
     assert same(units, kept)
 
 
+def test_what_was_not_freed_keeps_its_values():
+    """Though those of the run cannot be read, for whatever reason."""
+    units, kept = made()
+
+    def read(number):
+        if number == 2:
+            raise MemoryError("unit 2")
+        return kept[number]
+
+    memory = Offloading(units, torch.device("cpu"), read)
+    with pytest.raises(MemoryError, match="unit 2"):
+        memory.bring(torch.device("cpu"))
+    assert same(units, kept)
+    memory.use(range(1))
+    with pytest.raises(MemoryError, match="unit 2"):
+        memory.bring(torch.device("cpu"))
+    assert same(units[:2], kept[:2])
+    assert all(one.isnan().all() and one.is_contiguous() for one in units[2].parameters())
+
+
 def test_gradients_of_what_is_not_there_are_freed():
     units, kept = made()
     for one in units[1].parameters():
@@ -283,6 +303,7 @@ def test_a_state_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match="start.pt cannot be read as data: a state dict has to be of tensors"):
         fitted(tmp_path, model=modules, epochs=1)
     assert all(map(torch.equal, (value for module in others for value in module.state_dict().values()), before))
+    assert fitted(tmp_path, model=[nn.Sequential(first), *others], epochs=1).exits()  # once it is data
 
 
 WAYS = {"always": [0, 0, 0], "never": [0, 1, 2]}
@@ -372,12 +393,12 @@ def test_an_error_leaves_the_network_with_values(tmp_path, monkeypatch):
         assert all(torch.equal(value, old[name]) for name, value in state.items())
 
 
-def test_a_second_interrupt_leaves_the_network_with_values(tmp_path, monkeypatch):
+def test_more_interrupts_leave_the_network_with_values(tmp_path, monkeypatch):
     modules, bring, calls = network(), Offloading.bring, []
 
     def interrupted(self, home):
         calls.append(1)
-        if len(calls) == 1:
+        if len(calls) < 4:
             raise KeyboardInterrupt
         bring(self, home)
 

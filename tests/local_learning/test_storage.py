@@ -122,7 +122,7 @@ def test_the_space_of_a_cache_is_taken_at_first(tmp_path):
 def test_values_beyond_a_cache(tmp_path):
     writer = CacheWriter(Storage(tmp_path), "cache_0_train.npy", (2, 3), torch.float16)
     writer.append(torch.full((1, 3), 6e4))
-    message = "cache_dtype: a cache is to hold 70000, which is beyond torch.float16."
+    message = "cache_dtype: a cache is to hold 70000, which is beyond torch.float16. Begin again with a wider"
     with pytest.raises(ValueError, match=re.escape(message)):
         writer.append(torch.full((1, 3), 7e4))
 
@@ -250,6 +250,9 @@ def test_files_are_read_for_their_checksum_once(tmp_path, monkeypatch):
     here = Storage(tmp_path)
     entry = here.save("start.pt", [torch.ones(3)])
     monkeypatch.setattr(storage, "checksum", lambda file: reads.append(file) or checksum(file))
+    assert here.intact(entry)
+    assert not reads
+    here = Storage(tmp_path)
     assert here.intact(entry)
     assert here.intact(entry)
     assert len(reads) == 1
