@@ -3,6 +3,7 @@
 import contextlib
 from unittest import mock
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -10,6 +11,7 @@ from torch.utils.data import TensorDataset
 from convbn_compile.local_learning import NeuroFlux, Profile
 from convbn_compile.local_learning._lines import UnitProfile
 from convbn_compile.local_learning.partitioner import Partitioner
+from convbn_compile.local_learning.storage import Storage
 
 CLASSES = 4
 IMAGES = 60
@@ -91,3 +93,22 @@ def fitted(folder, *, epochs=2, model=None, data=None, val=None, batches=(9, 14,
     with uncompiled():
         run.fit(data or images(), val or images(24, 2), epochs, progress=False)
     return run
+
+
+class _StopError(Exception):
+    pass
+
+
+def stopped(folder, monkeypatch, block, epoch, **changed):
+    """A run that ended with an error after so much of it was committed."""
+    commit = Storage.commit
+
+    def stop(self, manifest, needed):
+        commit(self, manifest, needed)
+        if (manifest["block"], manifest["epoch"], manifest["source"] is not None) == (block, epoch, True):
+            raise _StopError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "commit", stop)
+        with pytest.raises(_StopError):
+            fitted(folder, epochs=3, model=network(dropout=0.2), cache="always", **changed)

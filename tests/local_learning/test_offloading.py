@@ -3,7 +3,7 @@
 import numpy
 import pytest
 import torch
-from local_learning.networks import fitted, flux, images, network, profiled_as, uncompiled, values
+from local_learning.networks import fitted, flux, images, network, profiled_as, stopped, uncompiled, values
 from torch import nn
 
 from convbn_compile.local_learning import _inputs
@@ -331,24 +331,14 @@ def test_a_block_and_what_computes_its_input_are_there(cache, tmp_path, monkeypa
 
 
 def test_no_block_is_there_while_a_damaged_cache_is_made_again(tmp_path, monkeypatch):
-    accuracies, calls = Worker.accuracies, []
-
-    def stopped(*args):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return accuracies(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Worker, "accuracies", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            fitted(tmp_path, epochs=2, cache="always")
+    stopped(tmp_path, monkeypatch, 1, 1)
     (tmp_path / "cache_0_train.npy").unlink()
-    run, during, written = profiled_as(flux(tmp_path, cache="always"), 9, 14, 20), [], _inputs.Inputs._written
+    run = profiled_as(flux(tmp_path, network(dropout=0.2), cache="always"), 9, 14, 20)
+    during, written = [], _inputs.Inputs._written
     units = run._network.units
     monkeypatch.setattr(_inputs.Inputs, "_written", lambda *args: during.append(in_memory(units)) or written(*args))
     with uncompiled():
-        run.fit(images(), images(24, 2), 2, progress=False)
+        run.fit(images(), images(24, 2), 3, progress=False)
     assert during[0] == {(0, "unit")}
 
 
@@ -411,23 +401,12 @@ def test_more_interrupts_leave_the_network_with_values(tmp_path, monkeypatch):
 @pytest.mark.parametrize("file", ["start.pt", "block_0.pt"])
 def test_damaged_values_leave_the_network_as_it_was(file, tmp_path, monkeypatch):
     """Also those that a run needs late."""
-    accuracies, calls = Worker.accuracies, []
-
-    def stopped(*args):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return accuracies(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Worker, "accuracies", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            fitted(tmp_path, epochs=2)
+    stopped(tmp_path, monkeypatch, 1, 1)
     (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:-1])
-    modules = network(seed=3)
+    modules = network(seed=3, dropout=0.2)
     before = [value.clone() for module in modules for value in module.state_dict().values()]
     with pytest.raises(ValueError, match=f"{file} is missing or damaged"):
-        fitted(tmp_path, model=modules, epochs=2)
+        fitted(tmp_path, model=modules, epochs=3, cache="always")
     after = [value for module in modules for value in module.state_dict().values()]
     assert all(map(torch.equal, after, before))
 

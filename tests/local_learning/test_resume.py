@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from local_learning.networks import fitted, flux, images, network, uncompiled, values
+from local_learning.networks import fitted, flux, images, network, stopped, uncompiled, values
 from torch.utils.data import Dataset, TensorDataset
 
 from convbn_compile.local_learning import neuroflux
@@ -75,27 +75,6 @@ def test_a_killed_run_goes_on(point, tmp_path, uninterrupted):
     assert values(run).keys() == uninterrupted.keys()
     assert all(torch.equal(value, uninterrupted[name]) for name, value in values(run).items())
     assert len(run.exits()) == 3
-
-
-class _StopError(Exception):
-    pass
-
-
-def stopped(folder, monkeypatch, block, epoch, **changed):
-    """A run that ended with an error after so much of it was committed."""
-    from convbn_compile.local_learning.storage import Storage
-
-    commit = Storage.commit
-
-    def stop(self, manifest, needed):
-        commit(self, manifest, needed)
-        if (manifest["block"], manifest["epoch"], manifest["source"] is not None) == (block, epoch, True):
-            raise _StopError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Storage, "commit", stop)
-        with pytest.raises(_StopError):
-            fitted(folder, epochs=3, model=network(dropout=0.2), cache="always", **changed)
 
 
 def flipped(file):
