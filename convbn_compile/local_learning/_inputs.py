@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -140,7 +139,7 @@ class Inputs:
             modules += [*(self.network.units[index].unit for index in block.units), *self._rounding]
         return Through(source, tuple(modules), self.plan.least_batch, self.training.device)
 
-    @cached_property
+    @property
     def _rounding(self) -> tuple[nn.Module, ...]:
         """What a block's output goes through, so that it does not depend on a measured time whether it was cached."""
         cache = self.training.cache
@@ -159,9 +158,7 @@ class Inputs:
                 self.state.cache[split] = self._written(split, self.state.cuts[-1], source)
             self.storage.commit(self.state.to_dict(), self.state.entries)
         rows, labels = (self.state.cache[split][name] for name in ("rows", "labels"))
-        return Cache(
-            self.storage.path(rows["file"]), self.storage.load(labels), next(self.network.units[0].parameters()).dtype
-        )
+        return Cache(self.storage.path(rows["file"]), self.storage.load(labels), self.network.like.dtype)
 
     def _written(self, split: str, number: int, source: Source) -> dict[str, Entry]:
         """The outputs of a block, in a cache."""

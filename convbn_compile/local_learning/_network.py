@@ -31,6 +31,11 @@ class Network:
     input_shape: tuple[int, ...]
     shapes: tuple[tuple[int, ...], ...]
 
+    @property
+    def like(self) -> Tensor:
+        """A parameter; all are of its dtype, and on its device between runs."""
+        return next(self.units[0].parameters())
+
     def until(self, index: int) -> nn.Sequential:
         """The network that ends at a unit, with its head."""
         *before, last = self.units[: index + 1]

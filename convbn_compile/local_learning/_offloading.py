@@ -84,7 +84,7 @@ class Offloading:
         missing = sorted(parts - self._there)
         values = {number: self._values(number) for number in {number for number, _ in missing}}
         self._there &= parts  # what can be read is freed now, not before
-        for part in self._all - parts:
+        for part in self._all - parts - self._freed:
             self._free(part)
         for part in missing:
             self._fill(part, values[part[0]], self._device)

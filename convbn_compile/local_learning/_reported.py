@@ -43,7 +43,7 @@ def reported(network: Network, state: State, plan: Plan, tolerance: float, devic
     sizes = [sum(parameter.numel() for parameter in end.parameters()) for end in ends]
     rows = zip(network.units, state.accuracies, sizes, strict=True)
     exits = tuple(Exit(index, unit.name, accuracy, size) for index, (unit, accuracy, size) in enumerate(rows))
-    chosen, like = chosen_exit(exits, tolerance), next(network.units[0].parameters())
+    chosen, like = chosen_exit(exits, tolerance), network.like
     if str(chosen.unit) not in state.throughput:
         where = device if resident_bytes(ends[-1]) <= plan.memory_budget else like.device
         batch = min(THROUGHPUT_BATCH, plan.least_batch)

@@ -9,10 +9,7 @@ import torch
 
 from convbn_compile.local_learning._local import optimizer_of
 from convbn_compile.local_learning._network import Network
-from convbn_compile.local_learning._source import Images
-
-LOOKED_AT = 16
-"""Images by whose classes a run knows its data again."""
+from convbn_compile.local_learning._source import LOOKED_AT, Images
 
 GIVEN = (
     "head_filters",
@@ -42,7 +39,7 @@ def run_settings(given: Mapping[str, Any], network: Network, epochs: int, data: 
     return {
         "units": [[unit.name, *(list(one.shape) for one in unit.parameters())] for unit in network.units],
         "image": list(network.input_shape),
-        "dtype": str(next(network.units[0].parameters()).dtype),
+        "dtype": str(network.like.dtype),
         **{name: str(value) if isinstance(value, torch.dtype) else value for name, value in values.items()},
         "layers": [" ".join(str(unit).split()) for unit in network.units],
         "options": str(sorted(given["options"].items())),

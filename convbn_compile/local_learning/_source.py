@@ -14,7 +14,7 @@ from convbn_compile._arguments import shown
 from convbn_compile.local_learning._local import resident_bytes
 
 LOOKED_AT = 16
-"""Images of a dataset by which augmentation is found."""
+"""Images of a dataset by which augmentation is found, and by whose classes a run knows its data again."""
 
 Batch = tuple[Tensor, Tensor]
 """Images, or what a unit on a device made of them, [b, ...], and their classes on the CPU, int64 [b]."""

@@ -57,9 +57,9 @@ class Controller:
 
     def run(self) -> None:
         """Train what is left to train. All units are afterwards where the first was, whatever happens."""
-        home = next(self.network.units[0].parameters()).device
-        for number in range(len(self.network.units)):
-            self._values(number)  # what cannot be read is an error before anything is freed
+        home = self.network.like.device
+        for entry in (self.state.start, *self.state.finished):
+            self.storage.load(entry, mapped=True)  # what cannot be read is an error before anything is freed
         try:
             self._run()
         finally:
